@@ -1,0 +1,47 @@
+"""Packaging entry; tool settings live in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "([^"]+)"', (ROOT / "megatron_rl" / "__init__.py").read_text())[1]
+
+setup(
+    name="megatron_rl",
+    version=VERSION,
+    description="Reinforcement learning and self-distillation of language models on Megatron-Core",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megatron_rl", "megatron_rl.*"]),
+    package_data={"megatron_rl": ["py.typed", "config/*.yaml"]},
+    install_requires=[
+        "torch>=2.9",
+        "megatron-core>=0.16.1,<0.17",
+        "transformers>=5.16.1,<5.20",
+        "safetensors",
+        "tokenizers",
+        "numpy",
+        "datasets",
+        "omegaconf>=2.3",
+        "tensorboard",
+        "rich",
+        "matplotlib",
+        "packaging",
+    ],
+    extras_require={
+        "vllm": ["vllm>=0.32,<0.33"],
+        "tasks": ["reasoning-gym", "math-verify"],
+        "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9.0a0,<2.12.0", "triton"],
+        "dev": ["pytest", "hypothesis", "ruff", "mypy", "types-PyYAML"],
+    },
+    entry_points={"console_scripts": ["megatron-rl = megatron_rl.cli:main"]},
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
