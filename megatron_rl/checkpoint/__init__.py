@@ -1,0 +1,1 @@
+"""State on disk: Hugging Face directories, and checkpoints that a run continues from."""

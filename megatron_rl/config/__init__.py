@@ -1,0 +1,1 @@
+"""Configuration: typed dataclasses, filled from YAML and the command line."""

@@ -1,0 +1,203 @@
+"""Every option there is, by trainer. A section is a dataclass; a trainer's config is a dataclass of sections."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING
+
+
+class DType(str, Enum):
+    """What weights and activations are computed in. Gradients, master weights and losses are always float32."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class Schedule(str, Enum):
+    """How the learning rate goes from `lr` to `min_lr` after the warm-up."""
+
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+class TruncationSide(str, Enum):
+    """What happens to a prompt longer than `data.max_prompt_tokens`."""
+
+    left = "left"
+    right = "right"
+    error = "error"
+
+
+class Chat(str, Enum):
+    """Whether prompts go through the tokenizer's chat template. `auto`: when it has one."""
+
+    auto = "auto"
+    always = "always"
+    never = "never"
+
+
+class Algorithm(str, Enum):
+    """Named policy-gradient algorithms; unset options take the values of the paper that the name stands for."""
+
+    grpo = "grpo"
+    dr_grpo = "dr_grpo"
+    gspo = "gspo"
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    path: str = MISSING  # Hugging Face directory: config.json, *.safetensors, tokenizer
+    dtype: DType = DType.float32
+
+
+@dataclass(kw_only=True)
+class ParallelConfig:
+    """Ranks along each axis."""
+
+    tp: int = 1
+    pp: int = 1
+    dp: int | None = None  # null: what the world has beyond tp * pp
+    vpp: int = 1  # model chunks per pipeline stage, interleaved
+    sequence_parallel: bool = False
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    lr: float = 1e-6
+    min_lr: float = 0.0
+    schedule: Schedule = Schedule.constant
+    warmup_steps: int = 0
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    clip_grad: float = 1.0
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """`train` and `val` are a .jsonl or .parquet file, or a `reasoning-gym:task`."""
+
+    train: str = MISSING
+    val: str | None = None
+    prompt_key: str = "prompt"
+    task: dict[str, Any] = field(default_factory=dict)  # size, seed and options of a reasoning-gym task
+    val_task: dict[str, Any] = field(default_factory=dict)  # the same, of the held-out problems
+    chat: Chat = Chat.auto
+    max_prompt_tokens: int = 512
+    truncation_side: TruncationSide = TruncationSide.error
+
+
+@dataclass(kw_only=True)
+class SftDataConfig(DataConfig):
+    response_key: str = "response"
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    steps: int = MISSING
+    batch_size: int = MISSING  # prompts (grpo) or examples (sft) per step, over all ranks
+    max_tokens_per_micro_batch: int = 8192  # per data-parallel rank
+    seed: int = 1
+
+
+@dataclass(kw_only=True)
+class GrpoTrainConfig(TrainConfig):
+    updates_per_step: int = 1  # mini-batches that a rollout batch is cut into, one optimizer step each
+
+
+@dataclass(kw_only=True)
+class RolloutConfig:
+    engine: str = "hf"
+    group_size: int = 8  # responses per prompt
+    max_new_tokens: int = 512
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: no limit
+    max_sequences: int = 256  # generated together on one rank
+    parity_every: int = 50  # steps between comparisons of the engine's and the trainer's log-probabilities
+    parity_tolerance: float | None = None  # largest difference allowed; null: 1e-3 in float32, 0.25 in bfloat16
+
+
+@dataclass(kw_only=True)
+class RewardConfig:
+    name: str = "exact"  # a built-in name, or module:function
+    options: dict[str, Any] = field(default_factory=dict)
+    workers: int = 2  # processes per rank
+    deadline_s: float = 10.0  # per call; then the process is killed
+
+
+@dataclass(kw_only=True)
+class AlgorithmConfig:
+    """`null` means: as the algorithm's paper has it."""
+
+    name: Algorithm = Algorithm.grpo
+    clip_low: float | None = None
+    clip_high: float | None = None
+    dual_clip: float | None = None  # 0 turns it off
+    normalize_by_std: bool | None = None
+    aggregation: str | None = None  # how tokens are weighed, see the docs
+    entropy_coeff: float = 0.0
+
+
+@dataclass(kw_only=True)
+class EvalConfig:
+    """Held-out problems are answered greedily, and with `samples` draws for pass@k."""
+
+    every: int = 0  # steps; 0: only before the first and after the last
+    limit: int | None = None  # problems; null: all
+    samples: int = 0  # draws per problem for pass@1..samples; 0: greedy only
+    max_new_tokens: int | None = None  # null: as in training
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    every: int = 0  # steps; 0: only after the last
+    keep: int = 2
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    dir: str = MISSING
+    stop_after: int | None = None  # end after this step, as if interrupted; the run can be continued
+    resume: bool = True  # continue from the run directory's latest checkpoint where there is one
+
+
+@dataclass(kw_only=True)
+class SftConfig:
+    """Supervised fine-tuning on prompt/response pairs."""
+
+    trainer: str = "sft"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    data: SftDataConfig = field(default_factory=SftDataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+@dataclass(kw_only=True)
+class GrpoConfig:
+    """Group-relative policy optimisation and its family."""
+
+    trainer: str = "grpo"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: GrpoTrainConfig = field(default_factory=GrpoTrainConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+SCHEMAS: dict[str, type[SftConfig] | type[GrpoConfig]] = {"sft": SftConfig, "grpo": GrpoConfig}

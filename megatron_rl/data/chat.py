@@ -1,0 +1,105 @@
+"""From what a row holds to token ids: chat templates, prompt lengths, and the response of an SFT example."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+ChatMode = Literal["auto", "always", "never"]
+TruncationSide = Literal["left", "right", "error"]
+TokenIds = tuple[int, ...]
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, value: Any, *, chat: ChatMode = "auto") -> tuple[str, TokenIds]:
+    """The text and token ids of a prompt that is a string or a list of {"role", "content"} messages.
+
+    Messages go through the tokenizer's chat template, ready for the assistant's turn. `chat` says what happens to a
+    string: `always` makes it one user message, `never` takes it as it is, `auto` is `always` where the tokenizer has
+    a template.
+    """
+    assert chat in get_args(ChatMode), chat
+    if isinstance(value, str) and (chat == "never" or (chat == "auto" and not tokenizer.chat_template)):
+        text, ids = value, _encode_plain(tokenizer, value)
+    elif chat == "never":
+        raise ValueError("the prompt is a list of messages and chat is never: set chat to auto, or make it a string")
+    else:
+        messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
+        text = _apply_template(tokenizer, messages)
+        # The template has written the special tokens already.
+        ids = _encode_bare(tokenizer, text)
+    if not ids:
+        raise ValueError("the prompt is empty: a response needs at least one token to follow")
+    return text, ids
+
+
+def encode_response(tokenizer: PreTrainedTokenizerBase, response: str) -> TokenIds:
+    """The tokens of a response that is to be learned, with the end-of-sequence token last."""
+    ids = _encode_bare(tokenizer, response)
+    return ids if ids[-1:] == (tokenizer.eos_token_id,) else (*ids, tokenizer.eos_token_id)
+
+
+def encode_example(
+    tokenizer: PreTrainedTokenizerBase, prompt: Any, response: str, *, chat: ChatMode = "auto"
+) -> tuple[TokenIds, TokenIds]:
+    """Prompt and response ids. They are tokenised apart, so the prompt reads as it will when responses are sampled."""
+    return encode_prompt(tokenizer, prompt, chat=chat)[1], encode_response(tokenizer, response)
+
+
+def fit_prompt(token_ids: TokenIds, max_prompt_tokens: int, truncation_side: TruncationSide) -> TokenIds:
+    """Cut a prompt that is too long. `truncation_side` is the side that loses tokens; `error` refuses to cut."""
+    assert truncation_side in get_args(TruncationSide), truncation_side
+    assert max_prompt_tokens >= 1, max_prompt_tokens
+    if len(token_ids) <= max_prompt_tokens:
+        return token_ids
+    if truncation_side == "left":
+        return token_ids[-max_prompt_tokens:]
+    if truncation_side == "right":
+        return token_ids[:max_prompt_tokens]
+    raise ValueError(
+        f"the prompt has {len(token_ids)} tokens, more than max_prompt_tokens={max_prompt_tokens}: raise "
+        "max_prompt_tokens, shorten the prompt, or set truncation_side to left or right"
+    )
+
+
+def _encode_bare(tokenizer: PreTrainedTokenizerBase, text: str) -> TokenIds:
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> TokenIds:
+    """Tokens with the special ones the tokenizer adds in front, which must not include an end."""
+    ids = tuple(tokenizer(text)["input_ids"])
+    if ids[-1:] == (tokenizer.eos_token_id,) and _encode_bare(tokenizer, text)[-1:] != ids[-1:]:
+        raise ValueError(
+            f"the tokenizer ends every text with {tokenizer.eos_token!r}, so nothing could follow the prompt: "
+            'set "add_eos_token" to false in its tokenizer_config.json'
+        )
+    return ids
+
+
+def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: Any) -> str:
+    _check_messages(messages)
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "the prompt is a chat and the tokenizer has no chat template: put a chat_template.jinja next to "
+            "tokenizer_config.json, or use string prompts with chat set to auto or never"
+        )
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except TemplateError as error:
+        raise ValueError(f"the tokenizer's chat template refuses these messages: {error}") from error
+
+
+def _check_messages(messages: Any) -> None:
+    if not isinstance(messages, Sequence) or not messages:
+        raise ValueError(
+            f"the prompt must be a string or a list of messages, not {type(messages).__name__}: {messages!r}"
+        )
+    for position, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise ValueError(f'message {position} must be an object with "role" and "content", not {message!r}')
+        for key in ("role", "content"):
+            if not isinstance(message.get(key), str):
+                raise ValueError(f'message {position} needs a text "{key}", not {message.get(key)!r}')
+    if messages[-1]["role"] == "assistant":
+        raise ValueError("the last message is the assistant's: remove it, the response follows the prompt")

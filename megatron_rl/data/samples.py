@@ -1,0 +1,73 @@
+"""One training sequence, before packing."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from megatron_rl.algorithms.reduction import token_weights
+from megatron_rl.types import Rollout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """A prompt, its response, and one value per response token for each field.
+
+    `id` is unique in the mini-batch. `loss_mask` says which response tokens bear loss. `fields` are what the loss
+    reads beside the labels: "weights", "advantages", "old_log_probs", ...
+    """
+
+    id: int
+    token_ids: Tensor  # int64 [n], prompt then response
+    prompt_length: int
+    loss_mask: Tensor  # bool [n - prompt_length]
+    fields: Mapping[str, Tensor]  # float32 [n - prompt_length]
+
+    def __post_init__(self) -> None:
+        assert self.token_ids.dtype == torch.int64 and self.token_ids.ndim == 1, (self.id, self.token_ids)
+        # The first response token is predicted from the last prompt token, so there must be one.
+        assert 1 <= self.prompt_length <= len(self), (self.id, self.prompt_length, len(self))
+        assert self.loss_mask.dtype == torch.bool, (self.id, self.loss_mask.dtype)
+        assert self.loss_mask.shape == (self.response_length,), (self.id, self.loss_mask.shape, self.response_length)
+        for name, values in self.fields.items():
+            assert values.dtype == torch.float32, (self.id, name, values.dtype)
+            assert values.shape == (self.response_length,), (self.id, name, values.shape, self.response_length)
+
+    def __len__(self) -> int:
+        return self.token_ids.shape[0]
+
+    @property
+    def response_length(self) -> int:
+        return len(self) - self.prompt_length
+
+    def with_field(self, name: str, values: Tensor) -> "Sample":
+        """A copy with one more field."""
+        return replace(self, fields={**self.fields, name: values.float()})
+
+    def without_loss(self) -> "Sample":
+        """A copy none of whose tokens bears loss."""
+        return replace(self, loss_mask=torch.zeros_like(self.loss_mask))
+
+
+def from_example(sample_id: int, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> Sample:
+    """A demonstration: every response token bears loss."""
+    return Sample(
+        id=sample_id,
+        token_ids=torch.tensor([*prompt_ids, *response_ids], dtype=torch.int64),
+        prompt_length=len(prompt_ids),
+        loss_mask=torch.ones(len(response_ids), dtype=torch.bool),
+        fields={},
+    )
+
+
+def from_rollout(sample_id: int, prompt_ids: Sequence[int], rollout: Rollout, advantage: float) -> Sample:
+    """A rollout as it was drawn, with its advantage on every response token."""
+    sample = from_example(sample_id, prompt_ids, rollout.token_ids)
+    return sample.with_field("advantages", torch.full((sample.response_length,), advantage))
+
+
+def weighed(samples: Sequence[Sample], mode: str, *, horizon: int | None = None) -> list[Sample]:
+    """The samples of one mini-batch with their tokens' weights. Masks are final from here on."""
+    weights = token_weights([sample.loss_mask for sample in samples], mode, horizon=horizon)
+    return [sample.with_field("weights", weight) for sample, weight in zip(samples, weights)]

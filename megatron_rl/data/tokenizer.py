@@ -1,0 +1,53 @@
+"""The tokenizer, and the special tokens that the rest of the house asks of it.
+
+The tokenizer is used as its directory describes it; nothing here changes it. It needs an end-of-sequence token. It
+needs no padding token: training is packed, and where generation pads on the left the filling is masked.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from a directory or a hub id. Python code that comes with a model is never run."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"cannot load a tokenizer from {str(path)!r}: {error}\nName a directory with tokenizer.json and "
+            "tokenizer_config.json, or a hub id. A tokenizer that needs its own Python code is not supported."
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"the tokenizer in {str(path)!r} has no end-of-sequence token, so a response could never end: "
+            'set "eos_token" in its tokenizer_config.json'
+        )
+    return tokenizer
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that fills a left-padded batch: the padding token, else the end-of-sequence token. It is masked."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerBase, generation_config_eos: int | Sequence[int] | None) -> tuple[int, ...]:
+    """Every id that ends a response: the tokenizer's, and those of the model's generation config."""
+    if generation_config_eos is None:
+        generation_config_eos = ()
+    elif isinstance(generation_config_eos, int):
+        generation_config_eos = (generation_config_eos,)
+    return tuple(sorted({tokenizer.eos_token_id, *generation_config_eos}))
+
+
+def read_generation_eos(model_dir: str | Path) -> int | list[int] | None:
+    """`eos_token_id` of the directory's generation_config.json; None if there is no such file or it names none."""
+    path = Path(model_dir) / "generation_config.json"
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error

@@ -1,0 +1,153 @@
+"""From a model's shape to megatron-core's GPTModel, one chunk per virtual pipeline stage of this rank."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import megatron_rl.parallel.device as device
+from megatron_rl.models.hf_config import ModelShape
+from megatron_rl.models.hf_map import Heads, WeightMap
+from megatron_rl.models.layer_specs import layer_spec
+from megatron_rl.ops.vocab_shard import VocabShard
+from megatron_rl.parallel.mesh import Mesh
+
+# isort: split
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer import TransformerConfig
+
+# Tensor cores want rows in multiples of 16; the padding is masked everywhere and never exported.
+VOCAB_ROWS_MULTIPLE = 16
+
+
+def padded_vocab_rows(vocab_size: int, tp_size: int) -> int:
+    """Rows of the embedding on one tensor-parallel rank."""
+    rows = -(-vocab_size // tp_size)
+    return -(-rows // VOCAB_ROWS_MULTIPLE) * VOCAB_ROWS_MULTIPLE
+
+
+class LanguageModel(GPTModel):
+    """GPTModel whose last stage returns final hidden states: the loss owns the vocabulary.
+
+    The output layer keeps its weight (for tying, sharding and checkpoints), but is never applied here.
+    """
+
+    shape: ModelShape
+    shard: VocabShard
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden_states
+
+    def head_weight(self) -> Tensor:
+        """This rank's rows of the output layer, [padded rows, hidden]; the embedding's where they are tied."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+
+def check_layout(shape: ModelShape, mesh: Mesh) -> None:
+    """Refuses layouts that do not divide the model, in the terms of the config."""
+    for name, count in (("attention heads", shape.num_heads), ("key/value heads", shape.num_kv_heads)):
+        if count % mesh.tp_size:
+            raise ValueError(f"parallel.tp={mesh.tp_size} does not divide the model's {count} {name}")
+    if shape.ffn_hidden_size % mesh.tp_size:
+        raise ValueError(f"parallel.tp={mesh.tp_size} does not divide the model's MLP size {shape.ffn_hidden_size}")
+    stages = mesh.pp_size * mesh.vpp_size
+    if mesh.vpp_size > 1 and shape.num_layers % stages:
+        raise ValueError(
+            f"parallel.pp={mesh.pp_size} with parallel.vpp={mesh.vpp_size} makes {stages} stages, which do not divide "
+            f"the model's {shape.num_layers} layers"
+        )
+    if layers_on_last_stage(shape.num_layers, mesh.pp_size) < 1:
+        raise ValueError(f"parallel.pp={mesh.pp_size} leaves a stage without one of the model's {shape.num_layers} layers")
+
+
+def layers_on_last_stage(num_layers: int, pp_size: int) -> int:
+    """Where stages do not divide the layers the last has fewer than the rest: it holds the vocabulary too."""
+    return num_layers - (pp_size - 1) * -(-num_layers // pp_size)
+
+
+def transformer_config(shape: ModelShape, mesh: Mesh, dtype: torch.dtype) -> TransformerConfig:
+    """megatron-core's config. Its fused CUDA kernels are on where there is CUDA."""
+    on_cuda = not device.ON_CPU
+    uneven = shape.num_layers % mesh.pp_size != 0
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_heads,
+        num_query_groups=shape.num_kv_heads,
+        kv_channels=shape.head_dim,
+        layernorm_epsilon=shape.norm_eps,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=shape.family.qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=mesh.tp_size,
+        pipeline_model_parallel_size=mesh.pp_size,
+        virtual_pipeline_model_parallel_size=mesh.vpp_size if mesh.vpp_size > 1 else None,
+        num_layers_in_last_pipeline_stage=layers_on_last_stage(shape.num_layers, mesh.pp_size) if uneven else None,
+        sequence_parallel=mesh.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        use_cpu_initialization=device.ON_CPU,
+        # Weights are read from a checkpoint, so drawing them first would be wasted.
+        perform_initialization=False,
+        # Packed micro-batches differ in length; megatron-core asks for this dispatcher even in dense models.
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
+        # Losses carry weights that sum to one over the global mini-batch: nothing divides after them.
+        calculate_per_token_loss=True,
+        bias_activation_fusion=on_cuda,
+        bias_dropout_fusion=on_cuda,
+        masked_softmax_fusion=on_cuda,
+        persist_layer_norm=on_cuda,
+        apply_rope_fusion=on_cuda,
+        gradient_accumulation_fusion=False,
+        # On gloo a send may still read the output: freeing it gave wrong gradients without an error.
+        deallocate_pipeline_outputs=on_cuda,
+        batch_p2p_comm=mesh.vpp_size == 1,
+        overlap_p2p_comm=mesh.vpp_size > 1,
+    )
+
+
+def build_model(shape: ModelShape, mesh: Mesh, dtype: torch.dtype) -> list[LanguageModel]:
+    """This rank's chunks, with undefined weights: load a checkpoint into them."""
+    check_layout(shape, mesh)
+    config = transformer_config(shape, mesh, dtype)
+    rows = padded_vocab_rows(shape.vocab_size, mesh.tp_size)
+    chunks = []
+    for index in range(mesh.vpp_size):
+        vp_stage = index if mesh.vpp_size > 1 else None
+        model = LanguageModel(
+            config=config,
+            transformer_layer_spec=layer_spec(config, vp_stage),
+            vocab_size=rows * mesh.tp_size,
+            max_sequence_length=shape.max_positions,
+            pre_process=mesh.pp_rank == 0 and index == 0,
+            post_process=mesh.is_last_stage and index == mesh.vpp_size - 1,
+            share_embeddings_and_output_weights=shape.tied,
+            position_embedding_type="rope",
+            vp_stage=vp_stage,
+        )
+        model.shape = shape
+        model.shard = VocabShard.of(shape.vocab_size, rows, mesh.tp_rank, mesh.tp_group)
+        # megatron-core knows only some stretched frequencies, and hard-codes their constants; these are exact.
+        model.rotary_pos_emb.inv_freq = shape.inv_freq.to(device.device())
+        chunks.append(model.to(device=device.device(), dtype=dtype))
+    return chunks
+
+
+def weight_map(shape: ModelShape) -> WeightMap:
+    """The rules of the model's family, layer by layer."""
+    return WeightMap(shape.family.rules, num_layers=shape.num_layers, tied=shape.tied)
+
+
+def heads(shape: ModelShape) -> Heads:
+    """The part of the shape that the weight map's algebra needs."""
+    return Heads(shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.vocab_size)

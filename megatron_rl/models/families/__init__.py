@@ -1,0 +1,20 @@
+"""One file per model family: which Hugging Face tensor is which Megatron parameter. Tables, no logic."""
+
+from dataclasses import dataclass
+
+from megatron_rl.models.families import llama, qwen2
+from megatron_rl.models.hf_map import Rule
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """A family's weight map and what its layers have beside Llama's."""
+
+    rules: tuple[Rule, ...]
+    qkv_bias: bool = False
+
+
+FAMILIES = {
+    "llama": Family(rules=llama.RULES),
+    "qwen2": Family(rules=qwen2.RULES, qkv_bias=True),
+}

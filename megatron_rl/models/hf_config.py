@@ -1,0 +1,84 @@
+"""What a Hugging Face config says about a model's shape, checked against what the families here can do."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from megatron_rl.models.families import FAMILIES, Family
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """The numbers that make a model. `inv_freq` [head_dim / 2] float32 holds the rotary frequencies."""
+
+    family: Family
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_positions: int
+    norm_eps: float
+    tied: bool
+    inv_freq: torch.Tensor
+
+
+def rope_frequencies(hf: Any, head_dim: int) -> torch.Tensor:
+    """theta^(-2i/d) (Su et al., 2021), or llama3's stretched form as `transformers` defines it.
+
+    transformers 5 reads `rope_theta`/`rope_scaling` and `rope_parameters` alike into `rope_parameters`.
+    """
+    rope = hf.rope_parameters
+    kind = rope.get("rope_type", "default")
+    if kind == "default":
+        exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+        return 1.0 / (rope["rope_theta"] ** exponent)
+    if kind == "llama3":
+        inv_freq, _ = ROPE_INIT_FUNCTIONS["llama3"](hf, torch.device("cpu"))
+        return inv_freq
+    raise ValueError(f"rope_type={kind!r} is not supported; the model's config must use 'default' or 'llama3'")
+
+
+def _refuse_variants(hf: Any) -> None:
+    """Options of these families that change the mathematics and are not built here."""
+    if getattr(hf, "hidden_act", "silu") != "silu":
+        raise ValueError(f"hidden_act={hf.hidden_act!r} is not supported; SwiGLU models (hidden_act='silu') are")
+    for name in ("use_sliding_window", "mlp_bias", "attention_bias"):
+        if getattr(hf, name, False) and not (name == "attention_bias" and hf.model_type == "qwen2"):
+            raise ValueError(f"{name}=true in the model's config is not supported for model_type={hf.model_type!r}")
+
+
+def model_shape(hf: Any) -> ModelShape:
+    """Reads a `transformers` config; refuses what would be computed wrongly."""
+    if hf.model_type not in FAMILIES:
+        raise ValueError(f"model_type={hf.model_type!r} is not supported; the families are {', '.join(sorted(FAMILIES))}")
+    _refuse_variants(hf)
+    # Some families set head_dim apart from hidden_size / heads, so it is read first and derived second.
+    head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+    return ModelShape(
+        family=FAMILIES[hf.model_type],
+        num_layers=hf.num_hidden_layers,
+        hidden_size=hf.hidden_size,
+        ffn_hidden_size=hf.intermediate_size,
+        num_heads=hf.num_attention_heads,
+        num_kv_heads=hf.num_key_value_heads,
+        head_dim=head_dim,
+        vocab_size=hf.vocab_size,
+        max_positions=hf.max_position_embeddings,
+        norm_eps=hf.rms_norm_eps,
+        tied=bool(hf.tie_word_embeddings),
+        inv_freq=rope_frequencies(hf, head_dim),
+    )
+
+
+def load_shape(path: str | Path) -> ModelShape:
+    """The shape of the model in the Hugging Face directory `path`."""
+    if not (Path(path) / "config.json").is_file():
+        raise ValueError(f"model.path={str(path)!r} has no config.json: give a Hugging Face model directory")
+    return model_shape(AutoConfig.from_pretrained(path))

@@ -1,0 +1,179 @@
+"""The algebra of the weight map: how one Megatron parameter, sharded over tensor-parallel ranks, is made of Hugging
+Face tensors. Pure: slices in, tensors out, no collectives.
+
+A `Rule` names a Megatron parameter, the Hugging Face tensors it is made of, and the `Kind` that says how. A kind reads
+one rank's shard by slices (so that no rank reads more than it keeps) and merges all shards back, exactly.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Reader(Protocol):
+    """Slices of named tensors in a Hugging Face checkpoint."""
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of the first dimension, cut off at the tensor's end."""
+
+    def columns(self, name: str, start: int, stop: int) -> Tensor:
+        """Columns [start, stop) of the second dimension."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The whole tensor's shape."""
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """The attention geometry a fused QKV needs: query heads, key/value heads, head size, and the true vocabulary."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+
+
+class Kind(Protocol):
+    """How a Megatron parameter is cut from and put together into Hugging Face tensors."""
+
+    def read(self, source: Reader, names: Sequence[str], rank: int, size: int, rows: int, heads: Heads) -> Tensor:
+        """Shard `rank` of `size`; `rows` is the first dimension of the local parameter."""
+
+    def merge(self, shards: Sequence[Tensor], heads: Heads) -> tuple[Tensor, ...]:
+        """The full tensors, in the rule's order, from the shards of all ranks."""
+
+
+def _block(source: Reader, name: str, rank: int, size: int) -> Tensor:
+    """Block `rank` of `size` equal blocks of rows."""
+    rows = source.shape(name)[0] // size
+    return source.rows(name, rank * rows, (rank + 1) * rows)
+
+
+class Replicated:
+    """The same on every rank."""
+
+    def read(self, source: Reader, names: Sequence[str], rank: int, size: int, rows: int, heads: Heads) -> Tensor:
+        return source.rows(names[0], 0, source.shape(names[0])[0])
+
+    def merge(self, shards: Sequence[Tensor], heads: Heads) -> tuple[Tensor, ...]:
+        return (shards[0],)
+
+
+class Vocabulary:
+    """Rows cut over the ranks; zero rows pad the end, and are cut off again."""
+
+    def read(self, source: Reader, names: Sequence[str], rank: int, size: int, rows: int, heads: Heads) -> Tensor:
+        held = source.rows(names[0], rank * rows, (rank + 1) * rows)
+        return torch.cat([held, held.new_zeros(rows - held.shape[0], *held.shape[1:])])
+
+    def merge(self, shards: Sequence[Tensor], heads: Heads) -> tuple[Tensor, ...]:
+        return (torch.cat(list(shards))[: heads.vocab_size],)
+
+
+class RowParallel:
+    """The input dimension (columns) cut over the ranks."""
+
+    def read(self, source: Reader, names: Sequence[str], rank: int, size: int, rows: int, heads: Heads) -> Tensor:
+        columns = source.shape(names[0])[1] // size
+        return source.columns(names[0], rank * columns, (rank + 1) * columns)
+
+    def merge(self, shards: Sequence[Tensor], heads: Heads) -> tuple[Tensor, ...]:
+        return (torch.cat(list(shards), dim=1),)
+
+
+class GatedLinear:
+    """Each rank holds [gate_rank; up_rank]."""
+
+    def read(self, source: Reader, names: Sequence[str], rank: int, size: int, rows: int, heads: Heads) -> Tensor:
+        return torch.cat([_block(source, name, rank, size) for name in names])
+
+    def merge(self, shards: Sequence[Tensor], heads: Heads) -> tuple[Tensor, ...]:
+        halves = [shard.chunk(2) for shard in shards]
+        return tuple(torch.cat([half[i] for half in halves]) for i in range(2))
+
+
+class FusedQKV:
+    """Per query group [q ... q k v], the groups cut over the ranks. Weights and biases alike."""
+
+    def read(self, source: Reader, names: Sequence[str], rank: int, size: int, rows: int, heads: Heads) -> Tensor:
+        groups, per_group = heads.num_kv_heads // size, heads.num_heads // heads.num_kv_heads
+        q, k, v = (_block(source, name, rank, size) for name in names)
+        rest = q.shape[1:]
+        return torch.cat(
+            [
+                q.reshape(groups, per_group * heads.head_dim, *rest),
+                k.reshape(groups, heads.head_dim, *rest),
+                v.reshape(groups, heads.head_dim, *rest),
+            ],
+            dim=1,
+        ).reshape(-1, *rest)
+
+    def merge(self, shards: Sequence[Tensor], heads: Heads) -> tuple[Tensor, ...]:
+        full = torch.cat(list(shards))
+        rest = full.shape[1:]
+        queries = heads.num_heads // heads.num_kv_heads * heads.head_dim
+        grouped = full.reshape(heads.num_kv_heads, queries + 2 * heads.head_dim, *rest)
+        q, k, v = grouped.split([queries, heads.head_dim, heads.head_dim], dim=1)
+        return tuple(part.reshape(-1, *rest) for part in (q, k, v))
+
+
+REPLICATED, VOCABULARY, ROW_PARALLEL = Replicated(), Vocabulary(), RowParallel()
+GATED_LINEAR, FUSED_QKV = GatedLinear(), FusedQKV()
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """`megatron` parameter, made of the tensors `hf`; "{layer}" stands for the layer's number in both."""
+
+    megatron: str
+    kind: Kind
+    hf: tuple[str, ...]
+
+    @property
+    def per_layer(self) -> bool:
+        return "{layer}" in self.megatron
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """A rule applied to one parameter: the names filled in."""
+
+    kind: Kind
+    hf: tuple[str, ...]
+
+
+class WeightMap:
+    """All rules of one model, by Megatron name. Tied models have no tensor of their own for the output layer."""
+
+    def __init__(self, rules: Sequence[Rule], *, num_layers: int, tied: bool) -> None:
+        self.matches: dict[str, Match] = {}
+        for rule in rules:
+            for layer in range(num_layers) if rule.per_layer else (0,):
+                names = tuple(name.format(layer=layer) for name in rule.hf)
+                self.matches[rule.megatron.format(layer=layer)] = Match(rule.kind, names)
+        self.tied_to_embedding = self._tie() if tied else frozenset[str]()
+
+    def _tie(self) -> frozenset[str]:
+        """Points the output layer at the embedding's tensor; on export it is left out."""
+        embedding = self.matches["embedding.word_embeddings.weight"]
+        self.matches["output_layer.weight"] = embedding
+        return frozenset({"output_layer.weight"})
+
+    def __getitem__(self, name: str) -> Match:
+        if name not in self.matches:
+            raise KeyError(f"no rule maps the Megatron parameter {name!r} to Hugging Face tensors")
+        return self.matches[name]
+
+    def hf_names(self) -> frozenset[str]:
+        """Every Hugging Face tensor the model is made of."""
+        return frozenset(name for match in self.matches.values() for name in match.hf)
+
+
+def canonical_name(name: str) -> str:
+    """Transformer Engine fuses a norm into the linear layer behind it; the map knows both spellings as the plain one."""
+    return name.replace(".self_attention.linear_qkv.layer_norm_weight", ".input_layernorm.weight").replace(
+        ".mlp.linear_fc1.layer_norm_weight", ".pre_mlp_layernorm.weight"
+    )

@@ -1,0 +1,40 @@
+"""What a transformer layer is built of: Transformer Engine's modules on CUDA, torch's on the CPU.
+
+This is the only file that asks for Transformer Engine.
+"""
+
+import megatron_rl.parallel.device as device
+
+# isort: split
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+
+from megatron_rl.models.attention import PackedAttention, RMSNorm
+
+
+def local_layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """megatron-core's local layer with packed attention and a norm that supports sequence parallelism."""
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
+    parts = layer.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    parts.self_attention.submodules.core_attention = PackedAttention
+    count = get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)
+
+
+def layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules | ModuleSpec:
+    """The spec for this machine's device."""
+    if device.ON_CPU:
+        return local_layer_spec(config, vp_stage)
+    try:
+        import transformer_engine  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "training on CUDA needs Transformer Engine, which is not installed: pip install 'megatron_rl[gpu]'"
+        ) from error
+    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)

@@ -1,0 +1,270 @@
+"""Run an unmodified megatron-core on a machine without CUDA: CPU tensors and gloo.
+
+megatron-core spells its device in the source: `device="cuda"`, `torch.cuda.current_device()`,
+`"torch.cuda.FloatTensor"`. PyTorch offers the same device interface for the CPU as `torch.cpu`. `install()` therefore
+makes Python read the modules below `megatron.core`, and no others, with "cuda" spelled "cpu". torch itself is not
+touched: `torch.cuda.is_available()` stays False for everybody. With CUDA present `install()` does nothing.
+
+What a change of spelling cannot mend is listed in `DEBTS`, each with its place in megatron-core 0.16.1 and the reason.
+A debt whose target has moved raises, so that a new release of megatron-core cannot be patched half.
+"""
+
+import ast
+import importlib.abc
+import importlib.machinery
+import multiprocessing
+import sys
+import time
+import types
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_rl.parallel.cpu_adam import CpuAdam
+
+PACKAGE = "megatron.core"
+
+
+class _Event(torch.cpu.Event):
+    """`torch.cpu.Event` with the arguments and the timing of `torch.cuda.Event`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.time = 0.0
+
+    def record(self, stream: Any = None) -> None:
+        self.time = time.perf_counter()
+
+    def elapsed_time(self, end: "_Event") -> float:
+        return (end.time - self.time) * 1e3
+
+
+class _Stream(torch.cpu.Stream):
+    """The one stream of a CPU."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "_Stream":
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def record_event(self, event: _Event | None = None) -> _Event:
+        return event or _Event()
+
+    def synchronize(self) -> None:
+        pass
+
+
+def _cpu_as_cuda() -> types.SimpleNamespace:
+    """The part of `torch.cuda` that megatron-core uses, on the CPU."""
+    stream = _Stream()
+    rng = {
+        "get_rng_state": lambda device=None: torch.get_rng_state(),
+        "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
+        "manual_seed": torch.default_generator.manual_seed,
+        "manual_seed_all": torch.default_generator.manual_seed,
+    }
+
+    def zero(*args: Any, **kwargs: Any) -> int:
+        return 0
+
+    return types.SimpleNamespace(
+        current_device=torch.cpu.current_device,
+        device_count=torch.cpu.device_count,
+        set_device=torch.cpu.set_device,
+        synchronize=torch.cpu.synchronize,
+        stream=torch.cpu.stream,
+        Stream=_Stream,
+        Event=_Event,
+        current_stream=lambda device=None: stream,
+        default_stream=lambda device=None: stream,
+        default_generators=[torch.default_generator],
+        random=types.SimpleNamespace(**rng),
+        empty_cache=zero,
+        memory_allocated=zero,
+        memory_reserved=zero,
+        max_memory_allocated=zero,
+        reset_peak_memory_stats=zero,
+        nvtx=types.SimpleNamespace(range_push=zero, range_pop=zero),
+        **rng,
+    )
+
+
+class _Respell(ast.NodeTransformer):
+    """Reads CUDA as CPU. `names` are the members of torch.cuda that have a CPU counterpart."""
+
+    def __init__(self, names: frozenset[str]) -> None:
+        self.names = names
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        """`torch.cuda.synchronize` -> `_cpu.synchronize`; `x.is_cuda` -> `x.is_cpu` ("is it on the device?")."""
+        self.generic_visit(node)
+        if node.attr == "is_cuda":
+            node.attr = "is_cpu"
+        if node.attr in self.names and ast.unparse(node.value) == "torch.cuda":
+            node.value = ast.copy_location(ast.Name("_cpu", ast.Load()), node.value)
+        return node
+
+    def visit_Constant(self, node: ast.Constant) -> ast.AST:
+        """`"cuda"`, `"cuda:0"` -> `"cpu"`; `"torch.cuda.FloatTensor"` -> `"torch.FloatTensor"`."""
+        text = node.value
+        if isinstance(text, str):
+            if text == "cuda" or text.startswith("cuda:"):
+                node.value = "cpu"
+            elif text.startswith("torch.cuda."):
+                node.value = text.replace("torch.cuda.", "torch.", 1)
+        return node
+
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.AST:
+        """`f"cuda:{i}"` -> `"cpu"`."""
+        first = node.values[0] if node.values else None
+        if isinstance(first, ast.Constant) and first.value == "cuda:":
+            return ast.copy_location(ast.Constant("cpu"), node)
+        return self.generic_visit(node)
+
+    def visit_keyword(self, node: ast.keyword) -> ast.AST:
+        """`pin_memory=True` -> `pin_memory=False`: pinning needs an accelerator."""
+        self.generic_visit(node)
+        if node.arg == "pin_memory" and isinstance(node.value, ast.Constant):
+            node.value = ast.copy_location(ast.Constant(False), node.value)
+        return node
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        """`x.cuda(...)` -> `x.cpu()`; `torch.device("cuda", i)` -> `torch.device("cpu")`."""
+        self.generic_visit(node)
+        if isinstance(node.func, ast.Attribute) and node.func.attr == "cuda":
+            node.func.attr, node.args, node.keywords = "cpu", [], []
+        elif isinstance(node.func, ast.Attribute) and node.func.attr == "device" and len(node.args) > 1:
+            first = node.args[0]
+            if isinstance(first, ast.Constant) and first.value == "cpu":
+                node.args = [first]
+        return node
+
+
+@dataclass(frozen=True, slots=True)
+class Debt:
+    """A replacement inside one module of megatron-core, made right after its import."""
+
+    module: str
+    names: tuple[str, ...]
+    place: str
+    reason: str
+    apply: Callable[[types.ModuleType], None]
+
+
+def _rng(module: Any) -> None:
+    module._get_cuda_rng_state = lambda device=None, clone=False, graph_safe=False: torch.get_rng_state()
+    module._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
+
+
+def _optimizer(module: Any) -> None:
+    if module.USING_PYTORCH_OPTIMIZER:
+        module.Adam, module.USING_PYTORCH_OPTIMIZER = CpuAdam, False
+
+
+def _distributed_optimizer(module: Any) -> None:
+    if not module.HAVE_APEX_OR_TE:
+        module.Adam, module.HAVE_APEX_OR_TE, module.USING_TE_OPTIMIZER = CpuAdam, True, True
+
+
+def _writer_queue(module: Any) -> None:
+    def queue() -> Any:
+        if module._results_queue is None:
+            module._results_queue = multiprocessing.get_context("fork").Manager().Queue()
+        return module._results_queue
+
+    module._get_write_results_queue = queue
+
+
+DEBTS = (
+    Debt(
+        f"{PACKAGE}.tensor_parallel.random",
+        ("_get_cuda_rng_state", "_set_cuda_rng_state"),
+        "tensor_parallel/random.py:41,72",
+        "they go through torch._C and a CUDA generator; the CPU's default generator takes their place",
+        _rng,
+    ),
+    Debt(
+        f"{PACKAGE}.optimizer",
+        ("Adam", "USING_PYTORCH_OPTIMIZER"),
+        "optimizer/__init__.py:10-34",
+        "see the next entry: both modules must name the same class",
+        _optimizer,
+    ),
+    Debt(
+        f"{PACKAGE}.optimizer.distrib_optimizer",
+        ("Adam", "HAVE_APEX_OR_TE", "USING_TE_OPTIMIZER"),
+        "optimizer/distrib_optimizer.py:21-36,640-676",
+        "with torch.optim.Adam the distributed optimizer cannot load its own checkpoint (it looks for one `step` per "
+        "group); an Adam whose state is laid out as Transformer Engine's can",
+        _distributed_optimizer,
+    ),
+    Debt(
+        f"{PACKAGE}.dist_checkpointing.strategies.filesystem_async",
+        ("_results_queue", "_get_write_results_queue"),
+        "dist_checkpointing/strategies/filesystem_async.py:51",
+        "the queue's manager is spawned because CUDA cannot be forked; that imports everything again (5 to 10 s)",
+        _writer_queue,
+    ),
+)
+
+
+class _Loader(importlib.machinery.SourceFileLoader):
+    def __init__(self, name: str, path: str, api: types.SimpleNamespace) -> None:
+        super().__init__(name, path)
+        self.api = api
+
+    def get_code(self, fullname: str) -> types.CodeType:
+        """Compiles the respelled source; the package's own bytecode cache is neither read nor written."""
+        path = self.get_filename(fullname)
+        tree = _Respell(frozenset(vars(self.api))).visit(ast.parse(self.get_data(path), path))
+        return compile(ast.fix_missing_locations(tree), path, "exec", dont_inherit=True)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        module.__dict__["_cpu"] = self.api
+        super().exec_module(module)
+        for debt in DEBTS:
+            if debt.module == module.__name__:
+                missing = [name for name in debt.names if not hasattr(module, name)]
+                if missing:
+                    raise RuntimeError(
+                        f"megatron_rl's CPU backend expects {', '.join(missing)} in {debt.module} ({debt.place} of "
+                        f"megatron-core 0.16.1), but this version has none. Install megatron-core 0.16.1."
+                    )
+                debt.apply(module)
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    def __init__(self) -> None:
+        self.api = _cpu_as_cuda()
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if fullname != PACKAGE and not fullname.startswith(PACKAGE + "."):
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is not None and type(spec.loader) is importlib.machinery.SourceFileLoader:
+            spec.loader = _Loader(spec.loader.name, spec.loader.path, self.api)
+        return spec
+
+
+def _silence() -> None:
+    """Hides the notices that are certain on a machine without CUDA and ask nothing of the reader."""
+    warnings.filterwarnings("ignore", message=r"(Transformer Engine and )?Apex (is|are) not installed")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
+    warnings.filterwarnings("ignore", message=r".*full scope is deprecated")
+    warnings.filterwarnings("ignore", message=r".*torch\.jit\.script.* is deprecated")
+    warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
+
+
+def install() -> bool:
+    """Makes megatron-core run on the CPU if there is no CUDA; says whether it does. Repeated calls do nothing more."""
+    if torch.cuda.is_available():
+        return False
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        if PACKAGE in sys.modules:
+            raise RuntimeError("import megatron_rl.parallel.device before megatron.core: the CPU backend comes too late")
+        _silence()
+        sys.meta_path.insert(0, _Finder())
+    return True

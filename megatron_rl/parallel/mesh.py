@@ -1,0 +1,123 @@
+"""The process mesh: how many ranks along each parallel axis, which of them this process is, and their groups.
+
+This is the only reader of megatron-core's `parallel_state`. Ranks are laid out as megatron-core does by default:
+tensor-parallel ranks are neighbours, then data-parallel, then pipeline stages.
+"""
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron_rl.parallel.device import ON_CPU, backend, device, seed_everything
+
+# isort: split
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mesh:
+    """Sizes, this process's coordinates, and process groups of the axes tp (tensor), pp (pipeline), dp (data)."""
+
+    tp_size: int
+    tp_rank: int
+    tp_group: dist.ProcessGroup
+    pp_size: int
+    pp_rank: int
+    pp_group: dist.ProcessGroup
+    dp_size: int
+    dp_rank: int
+    dp_group: dist.ProcessGroup
+    world_size: int
+    rank: int
+    vpp_size: int
+    sequence_parallel: bool
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the end of the pipeline, where losses are born."""
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def min_micro_batches(self) -> int:
+        """A pipeline wants at least one micro-batch per stage."""
+        return self.pp_size
+
+    @property
+    def micro_batch_multiple(self) -> int:
+        """Interleaved pipelines run micro-batches in rounds of one per stage."""
+        return self.pp_size if self.vpp_size > 1 else 1
+
+    @property
+    def pad_multiple(self) -> int:
+        """Sequence parallelism cuts the token axis into one equal piece per tensor-parallel rank."""
+        return self.tp_size if self.sequence_parallel else 1
+
+    def stage_rank(self, stage: int) -> int:
+        """The global rank of pipeline stage `stage` with this process's other coordinates."""
+        return dist.get_global_rank(self.pp_group, stage)
+
+    def process_groups(self) -> ProcessGroupCollection:
+        """megatron-core's own view of the groups."""
+        return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def join_world(timeout_s: float = 600.0) -> None:
+    """Joins the processes that torchrun started, or makes a world of one when there is no torchrun."""
+    if dist.is_initialized():
+        return
+    timeout = datetime.timedelta(seconds=timeout_s)
+    if not ON_CPU:
+        torch.cuda.set_device(device())
+    if "RANK" in os.environ:
+        dist.init_process_group(backend(), timeout=timeout)
+    else:
+        dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def create_mesh(
+    *, tp: int = 1, pp: int = 1, vpp: int = 1, dp: int | None = None, sequence_parallel: bool = False, seed: int = 0
+) -> Mesh:
+    """Builds the process groups and seeds every generator. `dp` defaults to what the world leaves over."""
+    join_world()
+    world = dist.get_world_size()
+    if world % (tp * pp) or (dp is not None and world != tp * pp * dp):
+        wanted = f"a multiple of {tp * pp}" if dp is None else str(tp * pp * dp)
+        raise ValueError(
+            f"the layout parallel.tp={tp}, parallel.pp={pp}, parallel.dp={dp} needs {wanted} processes, and this run "
+            f"has {world}: start as many, or change the layout"
+        )
+    if sequence_parallel and tp == 1:
+        raise ValueError("parallel.sequence_parallel=true needs parallel.tp > 1: with one tensor rank nothing is cut")
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None,
+    )
+    seed_everything(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return Mesh(
+        tp_size=tp,
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        pp_size=pp,
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_group=parallel_state.get_data_parallel_group(),
+        world_size=world,
+        rank=dist.get_rank(),
+        vpp_size=vpp,
+        sequence_parallel=sequence_parallel,
+    )
+
+
+def destroy_mesh() -> None:
+    """Takes down the groups of `create_mesh` and leaves the world."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

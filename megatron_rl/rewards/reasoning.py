@@ -1,0 +1,52 @@
+"""Reward of a reasoning-gym task: the task's own verifier judges the answer."""
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+from megatron_rl.types import Prompt, Reward, Rollout
+
+
+class Reasoning:
+    """Score the answer with the verifier of the task that made the row.
+
+    The row is a reasoning-gym entry: `answer`, and `metadata` with the task's name in `source_dataset`.
+    The answer is the text of the last `<tag>...</tag>`; with `tag=None` it is the whole response.
+    """
+
+    def prepare(self, **options: object) -> None:
+        """Import reasoning-gym (about a second) before the deadline of a call counts."""
+        _gym()
+
+    def __call__(self, prompt: Prompt, rollout: Rollout, *, tag: str | None = "answer") -> Reward:
+        metadata = prompt.row.get("metadata")
+        if not isinstance(metadata, Mapping) or "source_dataset" not in metadata:
+            raise ValueError(
+                f"metadata={metadata!r} of row {prompt.index} does not name its task; the reward 'reasoning' needs "
+                "the rows of reasoning-gym, with the task's name in metadata.source_dataset"
+            )
+        score = _scorer(metadata["source_dataset"])
+        answer = rollout.text.strip() if tag is None else _gym().utils.extract_answer(rollout.text, tag)
+        if answer is None:
+            return Reward(value=0.0, parts={"accuracy": 0.0, "format": 0.0})
+        accuracy = float(score(answer, dict(prompt.row)))
+        return Reward(value=accuracy, parts={"accuracy": accuracy, "format": 1.0})
+
+
+def _gym() -> ModuleType:
+    try:
+        import reasoning_gym
+    except ImportError as error:
+        raise ImportError(
+            f"the reward 'reasoning' needs the package reasoning-gym ({error}): pip install megatron_rl[tasks]"
+        ) from error
+    return reasoning_gym
+
+
+@cache
+def _scorer(task: str) -> Callable[[str, dict[str, Any]], float]:
+    return _gym().get_score_answer_fn(task)
+
+
+reasoning = Reasoning()

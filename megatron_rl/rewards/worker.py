@@ -1,0 +1,129 @@
+"""A reward worker: `python -m megatron_rl.rewards.worker`, started by `RewardPool` and speaking to it over pipes.
+
+It reads (reward name, options, import path), answers None or (what failed, traceback), and then answers each
+(prompt, rollout) with a `Reward`. A message is an 8-byte length and a pickle.
+"""
+
+import ctypes
+import inspect
+import math
+import os
+import pickle
+import signal
+import struct
+import sys
+import traceback
+from collections.abc import Callable
+from functools import partial
+from numbers import Real
+from typing import Any, BinaryIO
+
+from megatron_rl.rewards import resolve
+from megatron_rl.types import Reward
+
+HEADER = struct.Struct("<Q")
+_PR_SET_PDEATHSIG = 1
+
+
+def pack(message: object) -> bytes:
+    """One message, ready for the pipe."""
+    body = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+    return HEADER.pack(len(body)) + body
+
+
+def main() -> None:
+    """Serve one pool until it closes the pipe."""
+    _die_with_parent()
+    requests, replies = _claim_pipes()
+    if (hello := _read(requests)) is None:
+        return
+    try:
+        judge = _load(*hello)
+    except Exception as error:
+        _write(replies, (f"{type(error).__name__}: {error}", traceback.format_exc()))
+        return
+    _write(replies, None)
+    shown: set[type[Exception]] = set()
+    while (job := _read(requests)) is not None:
+        try:
+            reward = _as_reward(judge(*job))
+        except Exception as error:
+            reward = _failed(f"error: {type(error).__name__}: {str(error)[:500]}")
+            if type(error) not in shown:  # the reason has no line number, but one traceback of a kind is enough
+                shown.add(type(error))
+                traceback.print_exc()
+        _write(replies, reward)
+
+
+def _die_with_parent() -> None:
+    """Let the kernel kill this process when the trainer dies, even by SIGKILL and in the middle of a call."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _claim_pipes() -> tuple[BinaryIO, BinaryIO]:
+    """Take the pipes away from stdin and stdout, so that a print() in a reward cannot break the protocol."""
+    requests, replies = os.dup(0), os.dup(1)
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(2, 1)
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+
+    def let_go() -> None:
+        # A child forked by the reward must neither answer in our place nor hold the pipe open after our death.
+        os.dup2(null, requests, inheritable=False)
+        os.dup2(null, replies, inheritable=False)
+
+    os.register_at_fork(after_in_child=let_go)
+    return os.fdopen(requests, "rb"), os.fdopen(replies, "wb")
+
+
+def _read(pipe: BinaryIO) -> Any:
+    """The next message; None when the pool has closed the pipe."""
+    header = pipe.read(HEADER.size)
+    return pickle.loads(pipe.read(HEADER.unpack(header)[0])) if len(header) == HEADER.size else None
+
+
+def _write(pipe: BinaryIO, message: object) -> None:
+    pipe.write(pack(message))
+    pipe.flush()
+
+
+def _load(name: str, options: dict[str, Any], path: list[str]) -> Callable[..., object]:
+    """The reward with its options, everything checked that can be checked without a response."""
+    sys.path += [entry for entry in path if entry not in sys.path]
+    function = resolve(name)
+    signature = inspect.signature(function)
+    try:
+        signature.bind("prompt", "rollout", **options)
+    except TypeError as error:
+        raise ValueError(
+            f"reward={name!r} takes {signature} and does not accept the options {options} ({error}); correct the options"
+        ) from error
+    if prepare := getattr(function, "prepare", None):
+        prepare(**options)
+    return partial(function, **options)
+
+
+def _as_reward(result: object) -> Reward:
+    """What the function returned, as a reward of plain floats that the trainer can read without its libraries."""
+    if isinstance(result, Real):
+        result = Reward(value=float(result))
+    if not isinstance(result, Reward) or not isinstance(result.value, Real):
+        return _failed(f"wrong type: {type(getattr(result, 'value', result)).__name__}")
+    value = float(result.value)
+    parts = {name: float(part) for name, part in result.parts.items()}
+    if not all(map(math.isfinite, (value, *parts.values()))):
+        return _failed(result.reason or "not finite", result.feedback)
+    if result.reason is not None:
+        raise ValueError(f"Reward has the finite value {value} and the reason {result.reason!r}; a reason goes with NaN")
+    return Reward(value=value, parts=parts, feedback=result.feedback)
+
+
+def _failed(reason: str, feedback: str | None = None) -> Reward:
+    return Reward(value=math.nan, reason=reason, feedback=feedback)
+
+
+if __name__ == "__main__":
+    main()

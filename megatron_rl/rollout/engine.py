@@ -1,0 +1,40 @@
+"""What an engine is: it takes weights, and answers prompts."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from megatron_rl.types import Prompt, RolloutGroup
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How responses are drawn. Temperature 0 is greedy.
+
+    `seed` and `stream` key the random numbers, beside the prompt's place in the call and the response's in its group:
+    a training step is a stream, and so is an evaluation. The same keys give the same draws whatever is generated
+    together.
+    """
+
+    group_size: int
+    max_new_tokens: int
+    temperature: float
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int
+    stream: tuple[int, ...]
+
+
+class Engine(Protocol):
+    """Both verbs are collective: every rank calls them, with the same arguments."""
+
+    version: int
+    """Updates the engine's weights have had; -1 before the first load."""
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Takes every tensor of the model, by its Hugging Face name."""
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[RolloutGroup]:
+        """One group per prompt, in order, on every rank."""

@@ -1,0 +1,144 @@
+"""The engine that needs nothing beside `transformers`: every rank holds a full copy and answers its share."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase
+
+from megatron_rl.parallel.collect import gather_over_world
+from megatron_rl.parallel.device import device
+from megatron_rl.rollout.engine import Sampling
+from megatron_rl.rollout.sampling import draw, sampling_log_probs, uniforms
+from megatron_rl.types import Prompt, Rollout, RolloutGroup
+
+
+class KeyedSampler(LogitsProcessor):
+    """Draws the next token itself and leaves `generate` only that one to choose; remembers its log-probability."""
+
+    def __init__(self, sampling: Sampling, uniform: Tensor) -> None:
+        self.sampling, self.uniform = sampling, uniform
+        self.log_probs: list[Tensor] = []
+        self.log_kept: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        s = self.sampling
+        log_probs, log_kept = sampling_log_probs(scores, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p)
+        token = draw(log_probs, self.uniform[:, len(self.log_probs)])[:, None]
+        self.log_probs.append(log_probs.gather(1, token)[:, 0])
+        self.log_kept.append(log_kept)
+        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+
+
+class HFEngine:
+    """`transformers` generate over a full copy of the model on each rank.
+
+    Prompts are padded on the left and masked, so `pad` may be any token. What the model's generation config says about
+    sampling is not used: the run's config says it. Its list of end tokens is, through `stop`.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        dtype: torch.dtype,
+        stop: tuple[int, ...],
+        pad: int,
+        max_sequences: int,
+    ) -> None:
+        self.tokenizer, self.stop, self.pad, self.max_sequences = tokenizer, stop, pad, max_sequences
+        self.model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=dtype)
+        self.model.to(device()).eval()
+        self.version = -1
+
+    @torch.no_grad()
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        waiting = set(parameters)
+        for name, tensor in weights:
+            parameters[name].copy_(tensor)
+            waiting.discard(name)
+        # A tied output layer shares the embedding's memory, and is not sent a second time.
+        embedding = self.model.get_input_embeddings().weight
+        waiting = {name for name in waiting if parameters[name].data_ptr() != embedding.data_ptr()}
+        if waiting:
+            raise RuntimeError(f"the weight update left out {', '.join(sorted(waiting))}")
+        self.version = version
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[RolloutGroup]:
+        """Ranks take prompts in turn; the groups come together again on every rank, in the order of the prompts."""
+        rank, world = dist.get_rank(), dist.get_world_size()
+        mine = range(rank, len(prompts), world)
+        jobs = [(place, sample) for place in mine for sample in range(sampling.group_size)]
+        # Prompts of like length share a batch, so that little of it is padding.
+        jobs.sort(key=lambda job: (len(prompts[job[0]].token_ids), job))
+        rollouts: dict[tuple[int, int], Rollout] = {}
+        for start in range(0, len(jobs), self.max_sequences):
+            batch = jobs[start : start + self.max_sequences]
+            rollouts.update(zip(batch, self._generate_batch(prompts, batch, sampling)))
+        groups = [
+            (place, RolloutGroup(
+                prompt=prompts[place],
+                rollouts=tuple(rollouts[place, sample] for sample in range(sampling.group_size)),
+            ))
+            for place in mine
+        ]
+        return [group for _, group in sorted(gather_over_world(groups), key=lambda item: item[0])]
+
+    @torch.no_grad()
+    def _generate_batch(
+        self, prompts: Sequence[Prompt], jobs: Sequence[tuple[int, int]], sampling: Sampling
+    ) -> list[Rollout]:
+        """One call of `generate` for the (prompt place, sample) pairs in `jobs`."""
+        width = max(len(prompts[place].token_ids) for place, _ in jobs)
+        tokens = torch.full((len(jobs), width), self.pad, dtype=torch.int64)
+        mask = torch.zeros_like(tokens)
+        for row, (place, _) in enumerate(jobs):
+            ids = prompts[place].token_ids
+            tokens[row, width - len(ids) :] = torch.tensor(ids)
+            mask[row, width - len(ids) :] = 1
+        keyed = [uniforms(sampling.seed, (*sampling.stream, *job), sampling.max_new_tokens) for job in jobs]
+        sampler = KeyedSampler(sampling, torch.tensor(keyed, dtype=torch.float64, device=device()))
+        output = self.model.generate(
+            input_ids=tokens.to(device()),
+            attention_mask=mask.to(device()),
+            logits_processor=[sampler],
+            generation_config=GenerationConfig(
+                do_sample=False,
+                max_new_tokens=sampling.max_new_tokens,
+                eos_token_id=list(self.stop),
+                pad_token_id=self.pad,
+            ),
+        )
+        drawn = output[:, width:].cpu()
+        log_probs = torch.stack(sampler.log_probs, dim=1).cpu()
+        log_kept = torch.stack(sampler.log_kept, dim=1).cpu()
+        return [
+            self._rollout(prompts[place].index, sample, *rows)
+            for (place, sample), *rows in zip(jobs, drawn.tolist(), log_probs.tolist(), log_kept.tolist())
+        ]
+
+    def _rollout(
+        self, prompt_index: int, sample: int, tokens: list[int], log_probs: list[float], log_kept: list[float]
+    ) -> Rollout:
+        end = next((place for place, token in enumerate(tokens) if token in self.stop), None)
+        length = len(tokens) if end is None else end + 1
+        return Rollout(
+            prompt_index=prompt_index,
+            sample_index=sample,
+            token_ids=tuple(tokens[:length]),
+            text=self.decode(tokens[: length if end is None else end]),
+            log_probs=tuple(log_probs[:length]),
+            log_kept_mass=tuple(log_kept[:length]),
+            finish_reason="length" if end is None else "stop",
+            policy_version=self.version,
+        )
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The response as a reward reads it."""
+        text: Any = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
+        return text

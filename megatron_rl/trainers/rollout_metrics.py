@@ -1,0 +1,44 @@
+"""What a rollout batch looks like, under the names that users of verl know."""
+
+from collections import Counter
+from collections.abc import Sequence
+from statistics import fmean
+
+from torch import Tensor
+
+from megatron_rl.trainers.evaluate import is_correct
+from megatron_rl.types import RolloutGroup
+
+
+def _summary(name: str, values: Sequence[float]) -> dict[str, float]:
+    if not values:
+        return {}
+    return {f"{name}/mean": fmean(values), f"{name}/max": max(values), f"{name}/min": min(values)}
+
+
+def rollout_metrics(groups: Sequence[RolloutGroup], advantages: Tensor) -> dict[str, float]:
+    """Rewards and their parts, failures by kind, lengths, advantages, and how many groups teach nothing."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    rewards = [reward for group in groups for reward in group.rewards]
+    judged = [reward for reward in rewards if reward.reason is None]
+    lengths = [float(len(rollout.token_ids)) for rollout in rollouts]
+    parts = sorted({name for reward in judged for name in reward.parts})
+    failures = Counter(reward.reason.split(":")[0] for reward in rewards if reward.reason is not None)
+    silent = sum(
+        len({reward.value for reward in group.rewards if reward.reason is None}) < 2 for group in groups
+    )
+    tokens = sum(lengths) + sum(len(group.prompt.token_ids) * len(group.rollouts) for group in groups)
+    return {
+        **_summary("critic/score", [reward.value for reward in judged]),
+        **_summary("critic/advantages", advantages.tolist()),
+        **{f"reward/{name}": fmean(r.parts[name] for r in judged if name in r.parts) for name in parts},
+        **{f"reward/failed/{kind}": float(count) for kind, count in sorted(failures.items())},
+        "reward/failed": float(len(rewards) - len(judged)),
+        **_summary("response_length", lengths),
+        "response_length/clip_ratio": fmean(rollout.finish_reason == "length" for rollout in rollouts),
+        **_summary("prompt_length", [float(len(group.prompt.token_ids)) for group in groups]),
+        "rollout/correct": fmean(map(is_correct, rewards)),
+        "rollout/silent_groups": silent / len(groups),
+        "rollout/entropy": -fmean(log_prob for rollout in rollouts for log_prob in rollout.log_probs),
+        "perf/total_num_tokens": tokens,
+    }

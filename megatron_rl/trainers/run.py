@@ -1,0 +1,162 @@
+"""The loop that every trainer runs in: continue, step, evaluate, log, save, export."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch.distributed as dist
+
+from megatron_rl.checkpoint.hf import write_model
+from megatron_rl.checkpoint.store import CheckpointStore
+from megatron_rl.config.load import Config, save_config
+from megatron_rl.config.schema import GrpoConfig, SftConfig
+from megatron_rl.metrics.timing import Timer
+from megatron_rl.metrics.writer import Writer
+from megatron_rl.parallel import device
+from megatron_rl.parallel.mesh import Mesh, create_mesh, destroy_mesh
+from megatron_rl.trainers import grpo, sft
+from megatron_rl.trainers.evaluate import Evaluator
+from megatron_rl.trainers.parts import Parts, held_out_prompts
+from megatron_rl.types import RolloutGroup
+
+SHOWN_ANSWERS = 8
+
+
+class Trainer(Protocol):
+    """What a trainer brings: its parts, one step, and what of it is not in the parts."""
+
+    parts: Parts
+
+    def step(self, step: int, timer: Timer) -> dict[str, float]: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def load_state(self, state: dict[str, Any]) -> None: ...
+
+
+def build(config: Config, mesh: Mesh) -> Trainer:
+    """The trainer that the config names."""
+    if isinstance(config, SftConfig):
+        return sft.build(config, mesh)
+    assert isinstance(config, GrpoConfig)
+    return grpo.build(config, mesh)
+
+
+def run(config: Config) -> None:
+    """Trains from the first step, or from the one after the run directory's latest checkpoint. Collective."""
+    layout = asdict(config.parallel)
+    mesh = create_mesh(**layout, seed=config.train.seed)
+    trainer = build(config, mesh)
+    try:
+        Run(config, mesh, trainer).loop()
+    finally:
+        trainer.parts.pool.close()
+        destroy_mesh()
+
+
+class Run:
+    """One run directory: its checkpoints, logs and exported model."""
+
+    def __init__(self, config: Config, mesh: Mesh, trainer: Trainer) -> None:
+        self.config, self.mesh, self.trainer = config, mesh, trainer
+        self.directory = Path(config.run.dir)
+        self.store = CheckpointStore(self.directory / "checkpoints", config.checkpoint.keep)
+        held_out = held_out_prompts(config, trainer.parts.tokenizer)
+        self.evaluator = Evaluator(trainer.parts, held_out.all()) if held_out is not None else None
+        self.timer = Timer()
+        self.writer: Writer | None = None
+
+    def loop(self) -> None:
+        done = self._resume()
+        last = min(self.config.train.steps, self.config.run.stop_after or self.config.train.steps)
+        if dist.get_rank() == 0:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            save_config(self.config, self.directory / "config.yaml")
+            self.writer = Writer(self.directory, self.config.train.steps, self.config.trainer, first_step=done + 1)
+            self._say(self._banner(done))
+        try:
+            if done == 0:
+                self._log(0, self._evaluate(0))
+            for step in range(done + 1, last + 1):
+                self._step(step)
+            if last == self.config.train.steps and last > done:
+                self._export()
+        finally:
+            if self.writer is not None:
+                self.writer.close()
+
+    def _step(self, step: int) -> None:
+        with self.timer("step"):
+            metrics = self.trainer.step(step, self.timer)
+        seconds = self.timer.metrics()
+        self.timer.reset()
+        rate = metrics["perf/total_num_tokens"] / seconds["timing_s/step"]
+        metrics |= seconds
+        metrics |= {
+            "perf/time_per_step": seconds["timing_s/step"],
+            "perf/tokens_per_second": rate,
+            "perf/throughput": rate / self.mesh.world_size,
+        }
+        final = step == self.config.train.steps
+        if self._due(step, self.config.eval.every) or final:
+            metrics |= self._evaluate(step)
+        self._log(step, metrics)
+        if self._due(step, self.config.checkpoint.every) or final or step == self.config.run.stop_after:
+            self.store.save(step, {"actor": self.trainer.parts.actor}, {"trainer": self.trainer.state()})
+
+    @staticmethod
+    def _due(step: int, every: int) -> bool:
+        return every > 0 and step % every == 0
+
+    def _resume(self) -> int:
+        """The last step that is already done."""
+        path = self.store.latest() if self.config.run.resume else None
+        if path is None:
+            return 0
+        state = self.store.load(path, {"actor": self.trainer.parts.actor})
+        self.trainer.load_state(state["trainer"])
+        return int(state["step"])
+
+    def _evaluate(self, step: int) -> dict[str, float]:
+        if self.evaluator is None:
+            return {}
+        with self.timer("testing"):
+            metrics, answers = self.evaluator(step)
+        seconds = self.timer.metrics()
+        self.timer.reset()
+        if self.writer is not None:
+            self.writer.text(step, "val/answers", _table(answers[:SHOWN_ANSWERS]))
+        return metrics | seconds
+
+    def _export(self) -> None:
+        write_model(
+            self.trainer.parts.actor.named_hf_weights(),
+            self.directory / "hf",
+            like=self.config.model.path,
+            write=dist.get_rank() == 0,
+        )
+
+    def _log(self, step: int, metrics: dict[str, float]) -> None:
+        if self.writer is not None and metrics:
+            self.writer.log(step, metrics)
+
+    def _say(self, line: str) -> None:
+        print(line, flush=True)
+
+    def _banner(self, done: int) -> str:
+        mesh, actor = self.mesh, self.trainer.parts.actor
+        layout = f"tp={mesh.tp_size} pp={mesh.pp_size} dp={mesh.dp_size}"
+        start = f"continues after step {done}" if done else "starts"
+        return (
+            f"megatron_rl {self.config.trainer}: {actor.num_parameters:,} parameters, {layout}, "
+            f"{mesh.world_size} process(es), {device.describe()}; {start}; run directory {self.directory}"
+        )
+
+
+def _table(groups: list[RolloutGroup]) -> str:
+    """Prompts and answers as a Markdown table, as TensorBoard shows it."""
+    lines = ["| prompt | response | reward |", "|---|---|---|"]
+    for group in groups:
+        cells = (group.prompt.text, group.rollouts[0].text, f"{group.rewards[0].value:g}")
+        lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Workers: one Megatron model each, and the objectives they are trained on."""

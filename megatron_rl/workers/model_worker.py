@@ -1,0 +1,259 @@
+"""One Megatron model under training: forward_backward, step, log_probs, weights out. Four verbs."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Parameter
+
+from megatron_rl.checkpoint.hf import SafetensorsReader
+from megatron_rl.config.schema import ModelConfig, OptimConfig
+from megatron_rl.data.collate import MicroBatch, collate, scatter_back
+from megatron_rl.data.planner import StepPlan, plan_step
+from megatron_rl.data.samples import Sample
+from megatron_rl.metrics.types import Metrics, merge
+from megatron_rl.models.attention import packed_seq_params
+from megatron_rl.models.build import LanguageModel, build_model, weight_map
+from megatron_rl.models.exchange import export_weights, import_weights
+from megatron_rl.models.hf_config import load_shape
+from megatron_rl.parallel.collect import from_last_stage, gather_over_data, reduce_metrics
+from megatron_rl.parallel.device import device
+from megatron_rl.parallel.mesh import Mesh
+from megatron_rl.parallel.schedule import LossFunction, run_schedule
+from megatron_rl.workers.objective import Objective, token_stats
+
+# isort: split
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """One optimizer step. `applied` is false when a gradient was not finite and the step was skipped."""
+
+    grad_norm: float
+    lr: float
+    applied: bool
+
+
+class ModelWorker:
+    """A GPTModel from a Hugging Face directory, with megatron-core's DDP and distributed optimizer.
+
+    `version` counts the optimizer steps that were applied.
+    """
+
+    def __init__(self, model: ModelConfig, optim: OptimConfig, mesh: Mesh, *, total_steps: int) -> None:
+        self.mesh = mesh
+        self.hf_path = Path(model.path)
+        shape = load_shape(model.path)
+        dtype = DTYPES[model.dtype.value]
+        self.models: list[LanguageModel] = build_model(shape, mesh, dtype)
+        reader = SafetensorsReader(model.path)
+        reader.check(weight_map(shape).hf_names())
+        import_weights(self.models, reader, mesh)
+        self.config = self.models[0].config
+        self.chunks = [self._wrap(index, chunk) for index, chunk in enumerate(self.models)]
+        self.optimizer = get_megatron_optimizer(_optimizer_config(optim, dtype), self.chunks)
+        self.config.grad_scale_func = self.optimizer.scale_loss
+        self.scheduler = _scheduler(self.optimizer, optim, total_steps)
+        self.version = 0
+        # Embedding and output layer are counted once where they are tied.
+        self.num_parameters = sum(math.prod(reader.shape(name)) for name in weight_map(shape).hf_names())
+
+    def _wrap(self, index: int, chunk: LanguageModel) -> DistributedDataParallel:
+        """Gradients are kept and reduced in fp32; the distributed optimizer is on at every size, DP = 1 too."""
+        ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+        # Of an interleaved pipeline only the first chunk's buckets overlap with the backward pass.
+        return DistributedDataParallel(self.config, ddp, chunk, disable_bucketing=index > 0)
+
+    def plan(self, samples: Sequence[Sample], max_tokens: int) -> StepPlan:
+        """Cuts one mini-batch into micro-batches, the same number on every rank."""
+        return plan_step(
+            [len(sample) for sample in samples],
+            dp_size=self.mesh.dp_size,
+            max_tokens=max_tokens,
+            min_micro_batches=self.mesh.min_micro_batches,
+            multiple_of=self.mesh.micro_batch_multiple,
+        )
+
+    def _micro_batches(
+        self, samples: Sequence[Sample], plan: StepPlan, field_names: tuple[str, ...]
+    ) -> list[MicroBatch]:
+        """This rank's share. Sequences of equal length stand together: attention takes them in one call."""
+        return [
+            collate(
+                sorted((samples[i] for i in indices), key=len),
+                field_names=field_names,
+                pad_multiple=self.mesh.pad_multiple,
+                min_tokens=self.mesh.tp_size,
+            ).to(device())
+            for indices in plan.micro_batches[self.mesh.dp_rank]
+        ]
+
+    def _forward(self, chunk: Any, batch: MicroBatch) -> Tensor:
+        return chunk(
+            batch.tokens,
+            batch.position_ids,
+            None,
+            packed_seq_params=packed_seq_params(batch.cu_seqlens, batch.max_seqlen),
+        )
+
+    def forward_backward(self, samples: Sequence[Sample], plan: StepPlan, objective: Objective) -> Metrics:
+        """Accumulates the gradient of `objective` over one mini-batch; returns its metrics, reduced over all ranks.
+
+        `samples` is the whole mini-batch, on every rank.
+        """
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+        def step(chunk: Any, batch: MicroBatch) -> tuple[Tensor, LossFunction]:
+            def loss(hidden: Tensor) -> tuple[Tensor, Metrics]:
+                stats = token_stats(
+                    self.models[-1],
+                    hidden,
+                    batch,
+                    self.mesh,
+                    temperature=objective.temperature,
+                    entropy=objective.entropy,
+                )
+                return objective(stats, batch)
+
+            return self._forward(chunk, batch), loss
+
+        batches = self._micro_batches(samples, plan, objective.field_names)
+        results = run_schedule(self.chunks, batches, step, mesh=self.mesh, forward_only=False)
+        total: Metrics | None = None
+        for metrics in results:
+            total = metrics if total is None else merge(total, metrics)
+        return reduce_metrics(total, self.mesh)
+
+    def step(self) -> StepResult:
+        """Clips, updates the weights, advances the learning rate."""
+        lr = self.lr
+        applied, grad_norm, _ = self.optimizer.step()
+        if applied:
+            self.scheduler.step(increment=1)
+            self.version += 1
+        return StepResult(float(grad_norm or 0.0), lr, bool(applied))
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def log_probs(self, samples: Sequence[Sample], plan: StepPlan, temperature: float) -> dict[int, Tensor]:
+        """Per sample id, the log-probability of each loss-bearing token, on every rank. No gradient."""
+        for chunk in self.chunks:
+            chunk.eval()
+
+        def step(chunk: Any, batch: MicroBatch) -> tuple[Tensor, LossFunction]:
+            def measure(hidden: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+                stats = token_stats(
+                    self.models[-1], hidden, batch, self.mesh, temperature=temperature, entropy=False
+                )
+                return hidden.sum(), scatter_back(stats.logp.cpu(), batch)
+
+            return self._forward(chunk, batch), measure
+
+        batches = self._micro_batches(samples, plan, ())
+        parts = run_schedule(self.chunks, batches, step, mesh=self.mesh, forward_only=True)
+        local = from_last_stage(parts if self.mesh.is_last_stage else None, self.mesh)
+        found: dict[int, Tensor] = {}
+        for part in gather_over_data(local, self.mesh):
+            found.update(part)
+        return found
+
+    def named_hf_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face name, full tensor) on every rank; collective."""
+        return export_weights(self.models, self.mesh)
+
+    def named_hf_gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """The gradients under the weights' names, summed over every axis; collective."""
+        self._complete_gradients()
+        return export_weights(self.models, self.mesh, lambda parameter: _main_grad(parameter))
+
+    def sharded_state(self, *, loading: bool) -> dict[str, Any]:
+        """Parameters and optimizer as megatron-core's sharded tensors (which reshard), and the schedule."""
+        metadata = {
+            "distrib_optim_sharding_type": "fully_reshardable",
+            "chained_optim_avoid_prefix": True,
+            "singleton_local_shards": False,
+            "dp_cp_group": self.mesh.dp_group,
+        }
+        state: dict[str, Any] = {}
+        for index, model in enumerate(self.models):
+            state[f"model{index}"] = model.sharded_state_dict(metadata=metadata)
+        return {
+            **state,
+            "optimizer": self.optimizer.sharded_state_dict(state, is_loading=loading, metadata=metadata),
+            "scheduler": self.scheduler.state_dict(),
+            "version": self.version,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Takes back what `sharded_state` gave out."""
+        for index, model in enumerate(self.models):
+            model.load_state_dict(state[f"model{index}"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.version = state["version"]
+
+    def _complete_gradients(self) -> None:
+        """After reduce-scatter each data-parallel rank holds its shard of the buffer; this fills in the rest."""
+        if self.mesh.dp_size == 1:
+            return
+        for chunk in self.chunks:
+            for buffer in chunk.buffers:
+                for bucket in buffer.buckets:
+                    shard = bucket.grad_data.chunk(self.mesh.dp_size)[self.mesh.dp_rank].clone()
+                    dist.all_gather_into_tensor(bucket.grad_data, shard, group=self.mesh.dp_group)
+
+
+def _main_grad(parameter: Parameter) -> Tensor:
+    return parameter.main_grad  # type: ignore[attr-defined]
+
+
+def _optimizer_config(optim: OptimConfig, dtype: torch.dtype) -> OptimizerConfig:
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=optim.lr,
+        min_lr=optim.min_lr,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.beta1,
+        adam_beta2=optim.beta2,
+        adam_eps=optim.eps,
+        clip_grad=optim.clip_grad,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=True,
+    )
+
+
+def _scheduler(optimizer: Any, optim: OptimConfig, total_steps: int) -> OptimizerParamScheduler:
+    """Linear warm-up, then constant, linear or cosine to `min_lr`, in optimizer steps."""
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=optim.lr,
+        min_lr=optim.min_lr,
+        lr_warmup_steps=optim.warmup_steps,
+        lr_decay_steps=max(total_steps, optim.warmup_steps + 1),
+        lr_decay_style=optim.schedule.value,
+        start_wd=optim.weight_decay,
+        end_wd=optim.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
+    # megatron-core gives the first step of a warm-up a rate of zero; counting from one does not waste it.
+    scheduler.step(increment=1)
+    return scheduler

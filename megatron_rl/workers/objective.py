@@ -1,0 +1,147 @@
+"""What a model is trained on: from log-probabilities of the loss-bearing tokens to a scalar and its metrics.
+
+An objective sees flat [N] tensors and weights that sum to one over the global mini-batch. It knows nothing of ranks,
+micro-batches or packing; that is why the loss does not depend on them.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_rl.algorithms import policy_loss
+from megatron_rl.data.collate import MicroBatch
+from megatron_rl.metrics.types import Max, Mean, Metrics, Sum
+from megatron_rl.models.build import LanguageModel
+from megatron_rl.ops.linear_stats import LinearStats, linear_stats
+from megatron_rl.parallel.mesh import Mesh
+
+# isort: split
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+
+
+def token_stats(
+    model: LanguageModel, hidden: Tensor, batch: MicroBatch, mesh: Mesh, *, temperature: float, entropy: bool
+) -> LinearStats:
+    """Log-probability [N], and entropy [N] if asked for, of the micro-batch's loss-bearing tokens.
+
+    `hidden` is the last stage's output, [T, 1, H], or [T / tp, 1, H] under sequence parallelism. Either region
+    operator completes the hidden states' gradient, of which each rank computes its vocabulary's part.
+    """
+    if mesh.sequence_parallel:
+        hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+    else:
+        hidden = copy_to_tensor_model_parallel_region(hidden)
+    return linear_stats(
+        hidden[:, 0].index_select(0, batch.loss_positions),
+        model.head_weight(),
+        batch.labels,
+        shard=model.shard,
+        temperature=temperature,
+        entropy=entropy,
+    )
+
+
+class Outcome(NamedTuple):
+    """A micro-batch's share of the loss, and its metrics."""
+
+    loss: Tensor
+    metrics: Metrics
+
+
+class Objective(Protocol):
+    """A loss. `field_names` are the per-token fields it reads from the micro-batch."""
+
+    field_names: tuple[str, ...]
+    temperature: float
+    entropy: bool
+
+    def __call__(self, stats: LinearStats, batch: MicroBatch) -> Outcome: ...
+
+
+def token_mean(values: Tensor) -> Mean:
+    """The mean over loss-bearing tokens, as a sum and a count."""
+    return Mean(float(values.detach().double().sum()), values.numel())
+
+
+@dataclass(frozen=True, slots=True)
+class NegativeLogLikelihood:
+    """Supervised fine-tuning: -sum_t w_t log pi(y_t)."""
+
+    temperature: float = 1.0
+    entropy: bool = False
+    field_names: tuple[str, ...] = ("weights",)
+
+    def __call__(self, stats: LinearStats, batch: MicroBatch) -> Outcome:
+        loss = -(batch.fields["weights"] * stats.logp).sum()
+        return Outcome(loss, {"sft/loss": Sum(float(loss.detach())), "sft/nll": token_mean(-stats.logp)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyGradient:
+    """A clipped policy loss, minus an entropy bonus: sum_t w_t (l_t - c H_t).
+
+    `name` is the published algorithm; GSPO clips the sequence ratio, GRPO the token ratio. The proximal policy is
+    `old_log_probs`, or the current policy itself when a rollout batch is used for one update only (`on_policy`).
+    """
+
+    name: Literal["grpo", "gspo"]
+    clip_low: float
+    clip_high: float
+    dual_clip: float | None
+    entropy_coeff: float
+    temperature: float
+    on_policy: bool
+
+    @property
+    def entropy(self) -> bool:
+        """Always measured: its collapse is the first sign of trouble."""
+        return True
+
+    @property
+    def field_names(self) -> tuple[str, ...]:
+        return ("weights", "advantages") if self.on_policy else ("weights", "advantages", "old_log_probs")
+
+    def __call__(self, stats: LinearStats, batch: MicroBatch) -> Outcome:
+        logp, entropy = stats.logp, stats.entropy
+        assert entropy is not None
+        weights = batch.fields["weights"]
+        old_logp = logp.detach() if self.on_policy else batch.fields["old_log_probs"]
+        if self.name == "gspo":
+            terms = policy_loss.gspo(
+                logp,
+                old_logp,
+                batch.fields["advantages"],
+                batch.sequence_ids,
+                batch.num_sequences,
+                clip_low=self.clip_low,
+                clip_high=self.clip_high,
+            )
+        else:
+            terms = policy_loss.ppo_clip(
+                logp,
+                old_logp,
+                batch.fields["advantages"],
+                clip_low=self.clip_low,
+                clip_high=self.clip_high,
+                dual_clip=self.dual_clip,
+            )
+        pg_loss = (weights * terms.loss).sum()
+        # The entropy's gradient costs a pass over the vocabulary, so it is not asked for at coefficient zero.
+        loss = pg_loss - self.entropy_coeff * (weights * entropy).sum() if self.entropy_coeff else pg_loss
+        return Outcome(
+            loss,
+            {
+                "actor/loss": Sum(float(loss.detach())),
+                "actor/pg_loss": Sum(float(pg_loss.detach())),
+                "actor/entropy": token_mean(entropy),
+                "actor/ppo_kl": token_mean(terms.approx_kl),
+                "actor/pg_clipfrac": token_mean(terms.clipped),
+                "actor/pg_clipfrac_lower": token_mean(terms.clipped_low),
+                "actor/ratio_max": Max(float(terms.ratio.max()) if terms.ratio.numel() else -torch.inf),
+            },
+        )

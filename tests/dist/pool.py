@@ -1,0 +1,87 @@
+"""Four processes that live for the whole test session and become any layout a test asks for.
+
+Importing torch, transformers and megatron-core costs seconds, so a launch per case would cost more than the cases.
+`pool.run(function, world, ...)` calls a module-level function on ranks 0..world-1 of a fresh gloo world and returns
+what each rank returned.
+"""
+
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+SIZE = 4
+
+
+def _serve(rank: int, pipe: Connection) -> None:
+    import torch
+    import torch.distributed as dist
+
+    from megatron_rl.parallel.mesh import destroy_mesh
+
+    torch.set_num_threads(1)
+    while (job := pipe.recv()) is not None:
+        function, world, rendezvous, args, kwargs = job
+        try:
+            dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+            pipe.send((True, function(*args, **kwargs)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+        finally:
+            destroy_mesh()
+
+
+class Pool:
+    """The workers; started at the first job, and again after a failure (a rank may be stuck in a collective)."""
+
+    def __init__(self) -> None:
+        self.workers: list[tuple[Any, Connection]] = []
+        self.folder = tempfile.TemporaryDirectory()
+        self.jobs = 0
+
+    def _start(self) -> None:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        context = multiprocessing.get_context("spawn")
+        for rank in range(SIZE):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, there), daemon=True)
+            process.start()
+            there.close()
+            self.workers.append((process, here))
+
+    def run(self, function: Callable[..., Any], world: int, *args: Any, timeout_s: float = 180.0, **kwargs: Any) -> list:
+        """What ranks 0..world-1 return. A failure on any rank fails the test with that rank's traceback."""
+        if not self.workers:
+            self._start()
+        self.jobs += 1
+        rendezvous = f"{self.folder.name}/{self.jobs}"
+        pipes = [pipe for _, pipe in self.workers[:world]]
+        for pipe in pipes:
+            pipe.send((function, world, rendezvous, args, kwargs))
+        results: dict[Connection, Any] = {}
+        deadline = time.monotonic() + timeout_s
+        while len(results) < world:
+            ready = wait([pipe for pipe in pipes if pipe not in results], max(0.0, deadline - time.monotonic()))
+            if not ready:
+                missing = [rank for rank, pipe in enumerate(pipes) if pipe not in results]
+                self.close()
+                raise AssertionError(f"{function.__name__}: ranks {missing} did not answer within {timeout_s} s")
+            for pipe in ready:
+                ok, value = pipe.recv()  # type: ignore[union-attr]
+                if not ok:
+                    rank = pipes.index(pipe)  # type: ignore[arg-type]
+                    self.close()
+                    raise AssertionError(f"{function.__name__} failed on rank {rank} of {world}:\n{value}")
+                results[pipe] = value  # type: ignore[index]
+        return [results[pipe] for pipe in pipes]
+
+    def close(self) -> None:
+        for process, pipe in self.workers:
+            process.kill()
+            process.join()
+            pipe.close()
+        self.workers = []

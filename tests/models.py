@@ -1,0 +1,38 @@
+"""Tiny Hugging Face models, made where a test needs them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def tiny_model(directory: Path, family: str = "llama", *, tied: bool = False, vocab_size: int = 99, **changes: Any) -> Path:
+    """A random model with every weight away from its initial pattern, written to `directory`.
+
+    99 tokens divide by neither 2 nor 4 tensor-parallel ranks.
+    """
+    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+
+    config = {"llama": LlamaConfig, "qwen2": Qwen2Config}[family](
+        vocab_size=vocab_size,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=128,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=tied,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        **changes,
+    )
+    generator = torch.Generator().manual_seed(5)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.2 * noise if parameter.dim() == 1 else noise * 0.15)
+    model.save_pretrained(directory)
+    return directory
