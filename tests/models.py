@@ -6,7 +6,9 @@ from typing import Any
 import torch
 
 
-def tiny_model(directory: Path, family: str = "llama", *, tied: bool = False, vocab_size: int = 99, **changes: Any) -> Path:
+def tiny_model(
+    directory: Path, family: str = "llama", *, tied: bool = False, vocab_size: int = 99, **changes: Any
+) -> Path:
     """A random model with every weight away from its initial pattern, written to `directory`.
 
     99 tokens divide by neither 2 nor 4 tensor-parallel ranks.

@@ -183,14 +183,16 @@ def check(config: Config) -> None:
     _check_rollout(config.rollout)
     parallel = config.parallel
     _require(
-        parallel.vpp == 1 or parallel.pp > 1, f"parallel.vpp={parallel.vpp} needs parallel.pp > 1: it cuts stages in chunks"
+        parallel.vpp == 1 or parallel.pp > 1,
+        f"parallel.vpp={parallel.vpp} needs parallel.pp > 1: it cuts stages in chunks",
     )
     _require(
         not parallel.sequence_parallel or parallel.tp > 1,
         "parallel.sequence_parallel=true needs parallel.tp > 1: with one tensor rank nothing is cut",
     )
     _require(
-        config.optim.min_lr <= config.optim.lr, f"optim.min_lr={config.optim.min_lr} is above optim.lr={config.optim.lr}"
+        config.optim.min_lr <= config.optim.lr,
+        f"optim.min_lr={config.optim.min_lr} is above optim.lr={config.optim.lr}",
     )
     if isinstance(config, GrpoConfig):
         _check_grpo(config)

@@ -60,7 +60,9 @@ def check_layout(shape: ModelShape, mesh: Mesh) -> None:
             f"the model's {shape.num_layers} layers"
         )
     if layers_on_last_stage(shape.num_layers, mesh.pp_size) < 1:
-        raise ValueError(f"parallel.pp={mesh.pp_size} leaves a stage without one of the model's {shape.num_layers} layers")
+        raise ValueError(
+            f"parallel.pp={mesh.pp_size} leaves a stage without one of the model's {shape.num_layers} layers"
+        )
 
 
 def layers_on_last_stage(num_layers: int, pp_size: int) -> int:
@@ -96,8 +98,8 @@ def transformer_config(shape: ModelShape, mesh: Mesh, dtype: torch.dtype) -> Tra
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         use_cpu_initialization=device.ON_CPU,
-        # Weights are read from a checkpoint, so drawing them first would be wasted.
-        perform_initialization=False,
+        # The weights drawn here are overwritten, but drawing them marks which are sharded; the gradient norm needs that.
+        perform_initialization=True,
         # Packed micro-batches differ in length; megatron-core asks for this dispatcher even in dense models.
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",

@@ -57,7 +57,9 @@ def _refuse_variants(hf: Any) -> None:
 def model_shape(hf: Any) -> ModelShape:
     """Reads a `transformers` config; refuses what would be computed wrongly."""
     if hf.model_type not in FAMILIES:
-        raise ValueError(f"model_type={hf.model_type!r} is not supported; the families are {', '.join(sorted(FAMILIES))}")
+        raise ValueError(
+            f"model_type={hf.model_type!r} is not supported; the families are {', '.join(sorted(FAMILIES))}"
+        )
     _refuse_variants(hf)
     # Some families set head_dim apart from hidden_size / heads, so it is read first and derived second.
     head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads

@@ -256,6 +256,7 @@ def _silence() -> None:
     warnings.filterwarnings("ignore", message=r".*full scope is deprecated")
     warnings.filterwarnings("ignore", message=r".*torch\.jit\.script.* is deprecated")
     warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
+    warnings.filterwarnings("ignore", message=r".*CUDA_DEVICE_MAX_CONNECTIONS")
 
 
 def install() -> bool:
@@ -264,7 +265,9 @@ def install() -> bool:
         return False
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         if PACKAGE in sys.modules:
-            raise RuntimeError("import megatron_rl.parallel.device before megatron.core: the CPU backend comes too late")
+            raise RuntimeError(
+                "import megatron_rl.parallel.device before megatron.core: the CPU backend comes too late"
+            )
         _silence()
         sys.meta_path.insert(0, _Finder())
     return True

@@ -117,7 +117,9 @@ def _as_reward(result: object) -> Reward:
     if not all(map(math.isfinite, (value, *parts.values()))):
         return _failed(result.reason or "not finite", result.feedback)
     if result.reason is not None:
-        raise ValueError(f"Reward has the finite value {value} and the reason {result.reason!r}; a reason goes with NaN")
+        raise ValueError(
+            f"Reward has the finite value {value} and the reason {result.reason!r}; a reason goes with NaN"
+        )
     return Reward(value=value, parts=parts, feedback=result.feedback)
 
 

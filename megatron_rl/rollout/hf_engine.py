@@ -81,10 +81,13 @@ class HFEngine:
             batch = jobs[start : start + self.max_sequences]
             rollouts.update(zip(batch, self._generate_batch(prompts, batch, sampling)))
         groups = [
-            (place, RolloutGroup(
-                prompt=prompts[place],
-                rollouts=tuple(rollouts[place, sample] for sample in range(sampling.group_size)),
-            ))
+            (
+                place,
+                RolloutGroup(
+                    prompt=prompts[place],
+                    rollouts=tuple(rollouts[place, sample] for sample in range(sampling.group_size)),
+                ),
+            )
             for place in mine
         ]
         return [group for _, group in sorted(gather_over_world(groups), key=lambda item: item[0])]

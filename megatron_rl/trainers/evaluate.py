@@ -30,7 +30,9 @@ class Evaluator:
         self.parts = parts
         self.prompts = list(prompts)[: parts.config.eval.limit]
 
-    def _answer(self, config: Config, engine: Engine, step: int, *, draws: int, temperature: float) -> list[RolloutGroup]:
+    def _answer(
+        self, config: Config, engine: Engine, step: int, *, draws: int, temperature: float
+    ) -> list[RolloutGroup]:
         sampling = Sampling(
             group_size=draws,
             max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens,

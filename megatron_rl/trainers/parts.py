@@ -47,7 +47,10 @@ def build_parts(config: Config, mesh: Mesh, total_updates: int) -> Parts:
             max_sequences=config.rollout.max_sequences,
         ),
         pool=RewardPool(
-            config.reward.name, config.reward.options, workers=config.reward.workers, deadline_s=config.reward.deadline_s
+            config.reward.name,
+            config.reward.options,
+            workers=config.reward.workers,
+            deadline_s=config.reward.deadline_s,
         ),
     )
 
@@ -76,9 +79,7 @@ def train_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptS
 def train_examples(config: Config, tokenizer: PreTrainedTokenizerBase) -> ExampleSource:
     """The prompts of `data.train` with their responses."""
     assert isinstance(config.data, SftDataConfig)
-    encoder = ExampleEncoder(
-        prompt=_prompt_encoder(config.data, tokenizer), response_key=config.data.response_key
-    )
+    encoder = ExampleEncoder(prompt=_prompt_encoder(config.data, tokenizer), response_key=config.data.response_key)
     return ExampleSource(_rows(config.data.train, config.data.task), encoder, seed=config.train.seed)
 
 

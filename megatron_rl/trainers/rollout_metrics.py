@@ -24,9 +24,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup], advantages: Tensor) -> dict[
     lengths = [float(len(rollout.token_ids)) for rollout in rollouts]
     parts = sorted({name for reward in judged for name in reward.parts})
     failures = Counter(reward.reason.split(":")[0] for reward in rewards if reward.reason is not None)
-    silent = sum(
-        len({reward.value for reward in group.rewards if reward.reason is None}) < 2 for group in groups
-    )
+    silent = sum(len({reward.value for reward in group.rewards if reward.reason is None}) < 2 for group in groups)
     tokens = sum(lengths) + sum(len(group.prompt.token_ids) * len(group.rollouts) for group in groups)
     return {
         **_summary("critic/score", [reward.value for reward in judged]),

@@ -158,9 +158,7 @@ class ModelWorker:
 
         def step(chunk: Any, batch: MicroBatch) -> tuple[Tensor, LossFunction]:
             def measure(hidden: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
-                stats = token_stats(
-                    self.models[-1], hidden, batch, self.mesh, temperature=temperature, entropy=False
-                )
+                stats = token_stats(self.models[-1], hidden, batch, self.mesh, temperature=temperature, entropy=False)
                 return hidden.sum(), scatter_back(stats.logp.cpu(), batch)
 
             return self._forward(chunk, batch), measure

@@ -1,0 +1,1 @@
+"""The mathematics of the losses, along the token axis: tensors to tensors, with no knowledge of ranks or configs."""

@@ -1,0 +1,157 @@
+"""Where a run's figures go: TensorBoard, `metrics.jsonl`, and the terminal. One process writes, rank 0."""
+
+import json
+import math
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple, Protocol, Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+class Figure(NamedTuple):
+    """A metric worth a place on the terminal."""
+
+    key: str
+    label: str
+    format: str
+
+
+FIGURES = (
+    Figure("critic/score/mean", "reward", "{:.3g}"),
+    Figure("val/accuracy", "accuracy", "{:.3g}"),
+    Figure("sft/loss", "loss", "{:.3g}"),
+    Figure("actor/loss", "loss", "{:.3g}"),
+    Figure("actor/pg_loss", "pg_loss", "{:.3g}"),
+    Figure("actor/entropy", "entropy", "{:.3g}"),
+    Figure("actor/grad_norm", "grad_norm", "{:.3g}"),
+    Figure("response_length/mean", "len", "{:.1f}"),
+    Figure("perf/throughput", "tok/s", "{:.0f}"),
+    Figure("timing_s/step", "", "{:.1f} s"),
+)
+
+SHOWN_STEPS = 12
+
+
+class Writer:
+    """Writes `<run_dir>/metrics.jsonl` and `<run_dir>/tensorboard`, and shows the main figures of each step.
+
+    `first_step` is the first step that will be logged: what an earlier process logged for it or for later steps is
+    dropped, so that a resumed run has every step once. `name` titles the live table on a terminal.
+    """
+
+    def __init__(self, run_dir: str | Path, total_steps: int, name: str, *, first_step: int = 0) -> None:
+        # Imported late: it costs a second, on one rank only.
+        from torch.utils.tensorboard import SummaryWriter
+
+        run_dir = Path(run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path = run_dir / "metrics.jsonl"
+        _drop_from(path, first_step)
+        self._lines = path.open("a", encoding="utf-8", buffering=1)
+        self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+        self._display: Display = LiveTable(total_steps, name) if sys.stdout.isatty() else PlainLines(total_steps)
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        """One step's figures. JSON knows no NaN and no infinity: in the file these are null."""
+        finite = {key: value if math.isfinite(value) else None for key, value in scalars.items()}
+        row = {"step": step, "time": round(time.time(), 3), **finite}
+        self._lines.write(json.dumps(row, allow_nan=False) + "\n")
+        for key, value in scalars.items():
+            self._tensorboard.add_scalar(key, value, step)
+        self._tensorboard.flush()
+        self._display.show(step, scalars)
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """A text sample, as Markdown, to TensorBoard."""
+        self._tensorboard.add_text(name, text, step)
+
+    def close(self) -> None:
+        self._display.close()
+        self._tensorboard.close()
+        self._lines.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def _drop_from(path: Path, first_step: int) -> None:
+    """Keeps the lines before `first_step`. A line without its newline is what a killed process left: it goes too."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as lines:
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < first_step]
+    shorter = path.with_name(path.name + ".new")
+    shorter.write_text("".join(kept), encoding="utf-8")
+    os.replace(shorter, path)
+
+
+class Display(Protocol):
+    """What a terminal shows of a step."""
+
+    def show(self, step: int, scalars: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class PlainLines:
+    """One line per step, for log files and pipes."""
+
+    def __init__(self, total_steps: int) -> None:
+        self.total_steps = total_steps
+
+    def show(self, step: int, scalars: Mapping[str, float]) -> None:
+        figures = (f"{f.label} {f.format.format(scalars[f.key])}".strip() for f in FIGURES if f.key in scalars)
+        print("  ".join((f"step {step}/{self.total_steps}", *figures)), flush=True)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class LiveTable:
+    """The latest steps as a table, over a progress bar that knows when the run will end."""
+
+    def __init__(self, total_steps: int, name: str, console: Console | None = None) -> None:
+        self.name = name
+        self.rows: deque[tuple[int, Mapping[str, float]]] = deque(maxlen=SHOWN_STEPS)
+        self.progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            TimeElapsedColumn(),
+            TextColumn("elapsed,"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            expand=True,
+        )
+        self.task = self.progress.add_task(name, total=total_steps)
+        self.live = Live(get_renderable=self._picture, console=console, refresh_per_second=2)
+        self.live.start()
+
+    def show(self, step: int, scalars: Mapping[str, float]) -> None:
+        self.rows.append((step, scalars))
+        self.progress.update(self.task, completed=step)
+
+    def close(self) -> None:
+        self.live.stop()
+
+    def _picture(self) -> Group:
+        rows = list(self.rows)
+        present = [f for f in FIGURES if any(f.key in scalars for _, scalars in rows)]
+        table = Table(title=self.name, expand=True)
+        for label in ("step", *(f.label or "time" for f in present)):
+            table.add_column(label, justify="right")
+        for step, scalars in rows:
+            cells = (f.format.format(scalars[f.key]) if f.key in scalars else "" for f in present)
+            table.add_row(str(step), *cells)
+        return Group(table, self.progress)

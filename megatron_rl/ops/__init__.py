@@ -1,0 +1,1 @@
+"""The vocabulary axis ends here: operators from hidden states to per-token numbers."""
