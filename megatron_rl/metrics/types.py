@@ -59,7 +59,7 @@ class Max(Reducer):
     value: float
 
     def merge(self, other: "Max") -> "Max":
-        return Max(math.nan if math.isnan(self.value + other.value) else max(self.value, other.value))
+        return Max(math.nan if math.isnan(self.value) or math.isnan(other.value) else max(self.value, other.value))
 
     def result(self) -> float:
         return math.nan if self.value == -math.inf else self.value
@@ -72,7 +72,7 @@ class Min(Reducer):
     value: float
 
     def merge(self, other: "Min") -> "Min":
-        return Min(math.nan if math.isnan(self.value + other.value) else min(self.value, other.value))
+        return Min(math.nan if math.isnan(self.value) or math.isnan(other.value) else min(self.value, other.value))
 
     def result(self) -> float:
         return math.nan if self.value == math.inf else self.value

@@ -15,9 +15,7 @@ def expected_answer(prompt: Prompt, answer_key: str) -> str:
     """The answer in the prompt's row, as stripped text."""
     if answer_key not in prompt.row:
         fields = ", ".join(map(repr, prompt.row)) or "none"
-        raise ValueError(
-            f"answer_key={answer_key!r} is not a field of row {prompt.index}; set answer_key to one of its fields: {fields}"
-        )
+        raise ValueError(f"answer_key={answer_key!r} is not a field of row {prompt.index}; set it to one of: {fields}")
     return str(prompt.row[answer_key]).strip()
 
 

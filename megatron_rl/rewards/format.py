@@ -9,7 +9,7 @@ from megatron_rl.types import Prompt, Reward, Rollout
 class Regex:
     """Does `pattern` occur in the response, and is its group `answer` the row's answer?
 
-    The first match counts, and `.` matches newlines too; anchor the pattern with `^` and `$` to judge the whole response.
+    The first match counts, and `.` matches newlines too; anchor the pattern with `^` and `$` to judge all of the text.
     The value is the weighted sum of the parts `format` and `accuracy`; without the group there is only `format`.
     """
 

@@ -4,6 +4,7 @@ Workers are plain subprocesses. `multiprocessing` would import the trainer's mai
 each of them.
 """
 
+import contextlib
 import logging
 import math
 import os
@@ -31,10 +32,12 @@ log = logging.getLogger(__name__)
 class RewardPool:
     """Scores responses in `workers` subprocesses, each call within `deadline_s`.
 
-    A call that passes its deadline is killed, with every process it started in its process group, and its worker is
-    replaced; a crash likewise. The sample's reward is then NaN with a reason: "timeout", "crashed: ...",
+    A call that passes its deadline is killed, with every process of its process group, and its worker is replaced;
+    a crash likewise. The sample's reward is then NaN with a reason: "timeout", "crashed: ...",
     "error: <Type>: <message>", "not finite" or "wrong type: ...". The deadline runs from when the worker has the job;
-    a new worker has `start_deadline_s` to start Python and import the reward. Use as a context manager, from one thread.
+    a new worker has `start_deadline_s` to start Python and import the reward.
+
+    Use as a context manager, and from one thread: the kernel kills the workers when the thread that started them ends.
     """
 
     def __init__(
@@ -86,46 +89,166 @@ class RewardPool:
         rewards: dict[int, Reward] = {}
         try:
             while len(rewards) < len(pairs):
-                for worker in [worker for worker in self._workers if worker.idle]:
-                    if waiting:
-                        self._assign(worker, *waiting.popleft())
+                self._assign(waiting)
                 rewards.update(self._wait())
         except BaseException:
             self.close()  # a late reply must not be taken for one of the next call
             raise
         return [rewards[place] for place in range(len(pairs))]
 
-    def _start_worker(self) -> None:
-        worker = _Worker(self._selector)
-        self._workers.append(worker)
-        worker.send(self._hello, self._start_deadline_s)
-
-    def _replace(self, worker: "_Worker") -> str:
-        """Kill `worker`, start a fresh one, and say how the old one ended."""
-        self._workers.remove(worker)
-        ending = worker.kill()
-        self._start_worker()
-        return ending
-
-    def _assign(self, worker: "_Worker", place: int, pair: tuple[Prompt, Rollout]) -> None:
-        worker.place = place
-        worker.send(pack(pair), self._deadline_s)
+    def _assign(self, waiting: deque[tuple[int, tuple[Prompt, Rollout]]]) -> None:
+        """Give each idle worker one job: a batch of them could not keep a deadline per call."""
+        for worker in [worker for worker in self._workers if worker.idle]:
+            if not waiting:
+                return
+            place, pair = waiting[0]
+            if worker.send(pack(pair), self._deadline_s):
+                worker.place = place
+                waiting.popleft()
+            else:
+                self._replace(worker)
 
     def _wait(self) -> dict[int, Reward]:
-        """Move bytes until something happens; the rewards it brought, by place."""
+        """Move bytes until something happens; the rewards that came of it, by place."""
         rewards: dict[int, Reward] = {}
+        # Only who was late before we looked is late: a reply may lie in the pipe while we are busy elsewhere.
+        now = time.monotonic()
         soonest = min(worker.deadline for worker in self._workers)
-        for key, _ in self._selector.select(max(0.0, soonest - time.monotonic())):
+        for key, _ in self._selector.select(max(0.0, soonest - now)):
             worker: _Worker = key.data
             if worker not in self._workers:
                 continue  # replaced on an earlier event of this round
             if key.fd == worker.requests:
                 worker.flush()
-            elif not worker.receive():
-                rewards.update(self._ended(worker))
-            elif (message := worker.take()) is not _NOTHING:
-                rewards.update(self._answered(worker, message))
-        now = time.monotonic()
+            elif (messages := worker.receive()) is None:
+                rewards.update(self._replace(worker))
+            else:
+                for message in messages:
+                    rewards.update(self._answered(worker, message))
         for worker in [worker for worker in self._workers if worker.deadline <= now]:
-            rewards.update(self._late(worker))
+            rewards.update(self._replace(worker, late=True))
         return rewards
+
+    def _answered(self, worker: "_Worker", message: Any) -> dict[int, Reward]:
+        place, worker.place, worker.deadline = worker.place, None, math.inf
+        if place is not None:
+            return {place: message}
+        if message is not None:
+            failure, trace = message
+            error = ValueError(f"the reward {self._reward!r} cannot start: {failure}")
+            error.add_note(f"In the worker process:\n{trace}")
+            raise error
+        worker.ready = True
+        return {}
+
+    def _replace(self, worker: "_Worker", late: bool = False) -> dict[int, Reward]:
+        """Kill `worker` and start a fresh one; the reward of the job it held, if it held one."""
+        self._workers.remove(worker)
+        ending = worker.kill()
+        if not worker.ready:
+            what = f"was not ready within start_deadline_s={self._start_deadline_s}" if late else f"ended with {ending}"
+            raise ValueError(
+                f"the reward {self._reward!r} cannot start: its worker {what}; look at what the module does"
+            )
+        self._start_worker()
+        if worker.place is None:
+            log.warning("an idle reward worker ended with %s and was replaced", ending)
+            return {}
+        return {worker.place: Reward(value=math.nan, reason="timeout" if late else f"crashed: {ending}")}
+
+    def _start_worker(self) -> None:
+        worker = _Worker(self._selector)
+        self._workers.append(worker)
+        worker.send(self._hello, self._start_deadline_s)
+
+
+class _Worker:
+    """One subprocess: its pipes, and the place of the job it holds."""
+
+    def __init__(self, selector: selectors.BaseSelector) -> None:
+        self.ready = False
+        self.place: int | None = None
+        self.deadline = math.inf
+        self._seconds = math.inf
+        self._unsent = memoryview(b"")
+        self._received = bytearray()
+        # A session of its own: a kill reaches the children of the reward, and Ctrl-C reaches the trainer alone.
+        self._process = subprocess.Popen(
+            _COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, start_new_session=True
+        )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self.requests, self._replies = self._process.stdin.fileno(), self._process.stdout.fileno()
+        os.set_blocking(self.requests, False)
+        os.set_blocking(self._replies, False)
+        self._selector = selector
+        selector.register(self._replies, selectors.EVENT_READ, self)
+
+    @property
+    def idle(self) -> bool:
+        return self.ready and self.place is None
+
+    def send(self, message: bytes, seconds: float) -> bool:
+        """Hand over `message`, to be answered within `seconds`; False if the worker is gone already."""
+        self._unsent, self._seconds = memoryview(message), seconds
+        try:
+            self._write()
+        except BrokenPipeError:
+            return False
+        if self._unsent:
+            self._selector.register(self.requests, selectors.EVENT_WRITE, self)
+        return True
+
+    def flush(self) -> None:
+        """Write on, now that the pipe has room."""
+        with contextlib.suppress(BrokenPipeError):  # the end of its replies will tell, too
+            self._write()
+            if self._unsent:
+                return
+        self._selector.unregister(self.requests)
+
+    def _write(self) -> None:
+        """Write what the pipe takes. The clock starts over each time, so it counts from the last byte."""
+        with contextlib.suppress(BlockingIOError):
+            self._unsent = self._unsent[os.write(self.requests, self._unsent) :]
+        self.deadline = time.monotonic() + self._seconds
+
+    def receive(self) -> list[Any] | None:
+        """The messages that are complete now; None when the worker has closed its end, which only its death does."""
+        chunk = os.read(self._replies, _CHUNK)
+        if not chunk:
+            return None
+        self._received += chunk
+        messages = []
+        while len(self._received) >= HEADER.size:
+            end = HEADER.size + HEADER.unpack_from(self._received)[0]
+            if len(self._received) < end:
+                break
+            messages.append(pickle.loads(self._received[HEADER.size : end]))
+            del self._received[:end]
+        return messages
+
+    def kill(self) -> str:
+        """Kill the process and all of its group, reap it, and say how it ended."""
+        for pipe in (self.requests, self._replies):
+            with contextlib.suppress(KeyError):  # requests are watched only while the pipe is full
+                self._selector.unregister(pipe)
+        # Before the process is reaped: until then nobody else can be given its group id.
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # nothing is left of it but a zombie
+            os.killpg(self._process.pid, signal.SIGKILL)
+        code = self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            assert stream is not None
+            stream.close()
+        return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+
+def score_groups(pool: RewardPool, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
+    """The groups with a reward for each rollout."""
+    rewards = iter(pool.score([(group.prompt, rollout) for group in groups for rollout in group.rollouts]))
+    return [replace(group, rewards=tuple(islice(rewards, len(group.rollouts)))) for group in groups]
+
+
+def count_failures(rewards: Iterable[Reward]) -> Counter[str]:
+    """How many rewards failed, by kind: the part of the reason before the colon, with underscores."""
+    reasons = (reward.reason for reward in rewards if reward.reason is not None)
+    return Counter(reason.partition(":")[0].replace(" ", "_") for reason in reasons)

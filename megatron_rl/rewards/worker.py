@@ -99,7 +99,7 @@ def _load(name: str, options: dict[str, Any], path: list[str]) -> Callable[..., 
         signature.bind("prompt", "rollout", **options)
     except TypeError as error:
         raise ValueError(
-            f"reward={name!r} takes {signature} and does not accept the options {options} ({error}); correct the options"
+            f"reward={name!r} takes {signature} and does not accept the options {options} ({error}); correct them"
         ) from error
     if prepare := getattr(function, "prepare", None):
         prepare(**options)

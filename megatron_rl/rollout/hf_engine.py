@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -105,7 +106,7 @@ class HFEngine:
             tokens[row, width - len(ids) :] = torch.tensor(ids)
             mask[row, width - len(ids) :] = 1
         keyed = [uniforms(sampling.seed, (*sampling.stream, *job), sampling.max_new_tokens) for job in jobs]
-        sampler = KeyedSampler(sampling, torch.tensor(keyed, dtype=torch.float64, device=device()))
+        sampler = KeyedSampler(sampling, torch.from_numpy(np.stack(keyed)).to(device()))
         output = self.model.generate(
             input_ids=tokens.to(device()),
             attention_mask=mask.to(device()),

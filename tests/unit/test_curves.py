@@ -48,7 +48,7 @@ def test_stages_stand_side_by_side_on_one_axis(tmp_path: Path, figures: list[mat
     assert [panel.get_title() for panel in figure.axes] == ["SFT", "GRPO"]
     assert first.get_ylim() == second.get_ylim() == pytest.approx((-0.04, 1.1))
     (accuracy,) = first.get_lines()
-    assert accuracy.get_xydata() == pytest.approx([[0, 0.0], [1, 0.1], [2, 0.2], [3, 0.3]])
+    assert accuracy.get_xydata().tolist() == [[0, 0.0], [1, 0.1], [2, 0.2], [3, 0.3]]
     thin, thick = second.get_lines()
     assert (thin.get_label(), thick.get_label()) == ("training reward", "held-out accuracy")
     assert thin.get_linewidth() < thick.get_linewidth()

@@ -1,0 +1,52 @@
+# Everything is installed into $(VENV) and nowhere else.
+VENV ?= .venv
+SEED ?= 1
+LAYOUT ?= tp2
+
+PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+# Touched once the installation is complete, so that an interrupted one is taken up again.
+STAMP = $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help venv install quickstart test test-full lint format clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(STAMP) ## Create .venv with everything that training, tests and examples need
+
+install: venv ## The same as venv
+
+# A shim named python3.11 may exist and not run, so it is tried. Without an NVIDIA GPU torch is pinned to the version
+# that the CPU backend is tested with.
+$(STAMP): setup.py
+	@python=python3.11; $$python -c '' 2>/dev/null || python=python3; \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+		|| { echo "megatron_rl needs Python 3.11 or newer; $$python is $$($$python --version 2>&1). Install python3.11."; exit 1; }; \
+	echo "creating $(VENV) with $$($$python --version); this takes a few minutes"; \
+	$$python -m venv $(VENV)
+	@nvidia-smi >/dev/null 2>&1 || $(PIP) 'torch==2.13.0'
+	@$(PIP) --editable '.[tasks,dev]'
+	@touch $@
+
+quickstart: venv ## Teach a small model a task and plot its learning curve (SEED=1, LAYOUT=tp2)
+	$(VENV)/bin/python examples/quickstart/quickstart.py --seed $(SEED) --layout $(LAYOUT)
+
+test: venv ## The tests that every change must pass
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not full"
+
+test-full: venv ## The long comparisons and matrices
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m full
+
+lint: venv ## Style, format and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: venv ## Rewrite the files in the house format
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean: ## Remove caches and build output; the environment and runs stay
+	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
