@@ -11,7 +11,7 @@ from megatron_rl.types import Prompt, Reward, Rollout
 class Reasoning:
     """Score the answer with the verifier of the task that made the row.
 
-    The row is a reasoning-gym entry: `answer`, and `metadata` with the task's name in `source_dataset`.
+    Such a row has the task's name in `dataset` and the task's whole record in `entry`.
     The answer is the text of the last `<tag>...</tag>`; with `tag=None` it is the whole response.
     """
 
@@ -20,17 +20,17 @@ class Reasoning:
         _gym()
 
     def __call__(self, prompt: Prompt, rollout: Rollout, *, tag: str | None = "answer") -> Reward:
-        metadata = prompt.row.get("metadata")
-        if not isinstance(metadata, Mapping) or "source_dataset" not in metadata:
+        task, entry = prompt.row.get("dataset"), prompt.row.get("entry")
+        if task is None or not isinstance(entry, Mapping):
             raise ValueError(
-                f"metadata={metadata!r} of row {prompt.index} does not name its task; the reward 'reasoning' needs "
-                "the rows of reasoning-gym, with the task's name in metadata.source_dataset"
+                f"row {prompt.index} has dataset={task!r} and entry={entry!r}; the reward 'reasoning' needs the rows of "
+                "a source 'reasoning-gym:<task>', with the task's name in `dataset` and its record in `entry`"
             )
-        score = _scorer(metadata["source_dataset"])
+        score = _scorer(task)
         answer = rollout.text.strip() if tag is None else _gym().utils.extract_answer(rollout.text, tag)
         if answer is None:
             return Reward(value=0.0, parts={"accuracy": 0.0, "format": 0.0})
-        accuracy = float(score(answer, dict(prompt.row)))
+        accuracy = float(score(answer, dict(entry)))
         return Reward(value=accuracy, parts={"accuracy": accuracy, "format": 1.0})
 
 

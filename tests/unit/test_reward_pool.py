@@ -14,7 +14,7 @@ import pytest
 from megatron_rl.rewards.pool import RewardPool, count_failures, score_groups
 from megatron_rl.types import Prompt, Reward, Rollout, RolloutGroup
 
-DEADLINE = 0.5
+DEADLINE = 0.75
 
 # A user's module: the response's text says how to misbehave.
 MODULE = """
@@ -52,7 +52,7 @@ def judge(prompt, rollout, *, scale=1.0):
         os.write(1, b"raw bytes")
         subprocess.run(["echo", "from a child"])
     if deed == "read":
-        return len(sys.stdin.read() + input()) if argument == "twice" else len(sys.stdin.read())
+        return len(sys.stdin.read())
     if deed == "children":
         forked = os.fork()
         if forked == 0:
@@ -103,7 +103,7 @@ def worker_pids(pool: RewardPool) -> set[int]:
 
 
 def wait_until_gone(pids: set[int], seconds: float = 5.0) -> None:
-    """A process killed with its group is gone only once its new parent has reaped it: no test can wait for that."""
+    """A zombie counts as gone: when an orphan is reaped is up to the system."""
     end = time.monotonic() + seconds
     while alive := {pid for pid in pids if running(pid)}:
         assert time.monotonic() < end, f"still running: {alive}"
@@ -271,8 +271,8 @@ def test_workers_die_with_a_killed_trainer(judge: str) -> None:
         "import sys, megatron_rl.rewards.pool as rewards\n"
         f"pool = rewards.RewardPool({judge!r}, workers=2, deadline_s=60)\n"
         "print(*(worker._process.pid for worker in pool._workers), flush=True)\n"
-        "sys.path.insert(0, '')\n"
-        "from tests.unit.test_reward_pool import pair\n"
+        f"sys.path.append({str(Path(__file__).parent)!r})\n"
+        "from test_reward_pool import pair\n"
         "print('busy', flush=True)\n"
         "pool.score([pair(0, 'hang'), pair(1, 'hang')])\n"
     )

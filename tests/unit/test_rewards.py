@@ -119,7 +119,7 @@ def test_regex_refuses_a_broken_pattern_beforehand() -> None:
 def test_reasoning_scores_with_the_task_that_made_the_row() -> None:
     gym = pytest.importorskip("reasoning_gym", reason="needs the extra megatron_rl[tasks]")
     entry = gym.create_dataset("chain_sum", seed=3, size=1)[0]
-    prompt, reasoning = ask(**entry), REWARDS["reasoning"]
+    prompt, reasoning = ask(dataset="chain_sum", entry=entry), REWARDS["reasoning"]
     right = reasoning(prompt, say(f"thus <answer>{entry['answer']}</answer>"))
     assert (right.value, dict(right.parts)) == (1.0, {"accuracy": 1.0, "format": 1.0})  # type: ignore[union-attr]
     wrong = reasoning(prompt, say("thus <answer>nothing</answer>"))
@@ -131,14 +131,14 @@ def test_reasoning_scores_with_the_task_that_made_the_row() -> None:
 
 def test_reasoning_uses_the_verifier_and_not_the_text_of_the_answer() -> None:
     pytest.importorskip("reasoning_gym", reason="needs the extra megatron_rl[tasks]")
-    metadata = {"source_dataset": "countdown", "numbers": [6, 61, 94, 4], "target": 309}
-    prompt = ask(question="?", answer="94*4 - 61 - 6", metadata=metadata)
+    entry = {"question": "?", "answer": "94*4 - 61 - 6", "metadata": {"numbers": [6, 61, 94, 4], "target": 309}}
+    prompt = ask(dataset="countdown", entry=entry)
     other_way = REWARDS["reasoning"](prompt, say("<answer>4*94 - (61 + 6)</answer>"))
     assert other_way.value == 1.0  # type: ignore[union-attr]
 
 
 def test_reasoning_refuses_a_row_without_a_task() -> None:
-    with pytest.raises(ValueError, match=r"metadata=None of row 7 does not name its task"):
+    with pytest.raises(ValueError, match=r"row 7 has dataset=None and entry=None; .*reasoning-gym:<task>"):
         REWARDS["reasoning"](ask(answer="1"), say("1"))
 
 

@@ -1,0 +1,102 @@
+"""Configuration: defaults, overrides, and one sentence for each mistake."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_rl.cli import main
+from megatron_rl.config.load import ConfigError, load_config, save_config
+
+GRPO = """
+trainer: grpo
+model: {path: some/model}
+data: {train: prompts.jsonl}
+train: {steps: 3, batch_size: 4}
+run: {dir: out}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "grpo.yaml"
+    path.write_text(GRPO)
+    return path
+
+
+def test_file_then_overrides(file: Path) -> None:
+    config = load_config(file, ["optim.lr=3e-4", "parallel.tp=2", "data.task={size: 7}"])
+    assert (config.optim.lr, config.parallel.tp, config.data.task) == (3e-4, 2, {"size": 7})
+    assert config.train.steps == 3 and config.rollout.temperature == 1.0
+
+
+def test_algorithms_are_named_settings(file: Path) -> None:
+    gspo = load_config(file, ["algorithm.name=gspo"]).algorithm
+    assert (gspo.clip_low, gspo.clip_high, gspo.aggregation) == (3e-4, 4e-4, "seq-mean-token-mean")
+    grpo = load_config(file).algorithm
+    assert (grpo.clip_low, grpo.dual_clip, grpo.aggregation, grpo.normalize_by_std) == (0.2, 3.0, "token-mean", True)
+    dr = load_config(file, ["algorithm.name=dr_grpo", "algorithm.clip_high=0.28"]).algorithm
+    assert (dr.clip_high, dr.normalize_by_std, dr.aggregation) == (0.28, False, "seq-mean-token-sum-norm")
+
+
+def test_saved_config_reads_back(file: Path, tmp_path: Path) -> None:
+    config = load_config(file, ["algorithm.name=gspo", "eval.limit=5"])
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+
+
+def test_parity_tolerance_follows_the_precision(file: Path) -> None:
+    assert load_config(file).rollout.parity_tolerance == 1e-3
+    assert load_config(file, ["model.dtype=bfloat16"]).rollout.parity_tolerance == 0.25
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["optim.learning_rate=1"], r"unknown key 'optim.learning_rate' .* mean 'optim"),
+        (["optim.lrr=1"], r"unknown key 'optim.lrr' for trainer 'grpo'; did you mean 'optim.lr'"),
+        (["data.response_key=x"], r"unknown key 'data.response_key' for trainer 'grpo'"),
+        (["train.steps=many"], r"train.steps.*many"),
+        (["model.dtype=fp8"], r"model.dtype.*fp8"),
+        (["train.steps"], r"'train.steps' is not of the form a.b=c"),
+        (["train.steps=0"], r"train.steps=0 must be greater than 0"),
+        (["optim.warmup_steps=-1"], r"optim.warmup_steps=-1 must not be negative"),
+        (["parallel.sequence_parallel=true"], r"needs parallel.tp > 1"),
+        (["parallel.vpp=2"], r"parallel.vpp=2 needs parallel.pp > 1"),
+        (["rollout.group_size=1"], r"rollout.group_size=1.*at least 2"),
+        (["rollout.engine=vlm"], r"rollout.engine='vlm'"),
+        (["rollout.top_p=0"], r"rollout.top_p=0"),
+        (["rollout.top_p=0.9"], r"another distribution"),
+        (["train.updates_per_step=3"], r"train.updates_per_step=3 does not divide train.batch_size=4"),
+        (["algorithm.aggregation=mean"], r"algorithm.aggregation='mean' is not one of token-mean"),
+        (["algorithm.dual_clip=0.5"], r"algorithm.dual_clip=0.5 must be above 1"),
+        (["optim.min_lr=1"], r"optim.min_lr=1.0 is above optim.lr"),
+        (["trainer=sft"], r"cannot be overridden"),
+    ],
+)
+def test_mistakes_are_named(file: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(file, overrides)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("trainer: ppo2\n", "trainer='ppo2' is not one of sft, grpo"),
+        ("- a\n", "must hold keys and values"),
+        ("trainer: [\n", "not valid YAML"),
+        ("trainer: grpo\n", r"\w+\.\w+ must be set"),
+    ],
+)
+def test_broken_files_are_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(path)
+
+
+def test_command_line_says_it_in_one_line(file: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["train", str(file), "optim.lrr=1"]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines == ["megatron-rl: unknown key 'optim.lrr' for trainer 'grpo'; did you mean 'optim.lr'?"]
+    assert main(["train", str(file.with_name("none.yaml"))]) == 2
+    assert "does not exist" in capsys.readouterr().err
