@@ -38,3 +38,16 @@ def tiny_model(
             parameter.copy_(1 + 0.2 * noise if parameter.dim() == 1 else noise * 0.15)
     model.save_pretrained(directory)
     return directory
+
+
+def tiny_tokenizer(directory: Path, vocab_size: int) -> Path:
+    """A word-level tokenizer of `vocab_size` words; 0 pads and 2 ends."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, vocab_size)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    fast.save_pretrained(directory)
+    return directory

@@ -1,1 +1,1 @@
-"""The vocabulary axis ends here: operators from hidden states to per-token numbers."""
+"""Operators along the vocabulary axis: exact for any number of shards, and never a whole row of logits at once."""

@@ -1,34 +1,39 @@
-"""Log-probability and entropy of labels, from hidden states and a vocabulary-sharded lm-head.
+"""Log-probability and entropy straight from hidden states, with the vocabulary sharded and never materialised.
 
-The logits z = h W^T / tau are never held: the vocabulary is streamed in chunks of columns, forward and backward. Per
-token and shard the forward keeps a row of statistics,
+The lm-head and the softmax are one operator. It streams the vocabulary in chunks through one buffer [N, chunk], keeps a
+row of statistics per token, and forgets the logits; the backward pass computes them again. The idea is that of Cut
+Cross-Entropy (Wijmans et al., arXiv 2411.09009), here with a sharded vocabulary and the entropy.
 
-    m = max z,   s = sum e^(z - m),   z_y (0 where another shard has the label),   r = sum (z - m) e^(z - m),
+With z = hidden weight^T / temperature, the statistics of a set of columns are
 
-and one all-gather of these rows gives log Z = M + log S, log p_y = z_y - log Z and H = log S - R / S, where sums are
-rebased to the common maximum M. (Top-k distillation adds k values and k indices to the same row.)
+    m = max z,    s = sum e^(z - m),    z_y = z of the label (0 if it lies elsewhere),    t = sum (z - m) e^(z - m),
 
-The backward needs no collective, as everything beside z is known on every rank:
+one row [m, s, z_y] or [m, s, z_y, t]. Rows merge over any partition of the vocabulary: over the chunks of a shard,
+then, by one all-gather, over the shards. (A top-k adds k columns to the row, and merges likewise.) Then
 
-    dL/dz_v = p_v (-g_lp - g_H (log p_v + H)) + [v = y] g_lp.
+    log p_y = (z_y - m) - log s,    H = log s - u,    u = t / s = E_p[z - m],
 
-The gradient of `hidden` is this shard's part of the sum over the vocabulary: the operator that brought the hidden
-states to every rank (copy or gather) adds the parts up.
+    dL/dz_v = g_logp ([v = y] - p_v) - g_H p_v (z_v - m - u),
+
+so whatever the loss, the gradient needs the merged row and the upstream gradients, all known on every rank, and the
+backward pass has no collective.
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megatron_rl.ops.vocab_shard import VocabShard
 
-# Elements of a chunk's buffer: on a CPU it should stay in the cache, on a GPU it should fill the machine.
-CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**25}
+# e^-1e4 is 0 in every dtype, so a floor here changes no product (z - m) e^(z - m) but 0 * inf.
+_FLOOR = -1e4
 
 
 class LinearStats(NamedTuple):
-    """Per token [N]; float32, or float64 for float64 inputs. `entropy` is None if it was not asked for."""
+    """Per token [N]: log-probability of the label, and entropy (None if not asked for), in nats."""
 
     logp: Tensor
     entropy: Tensor | None
@@ -42,77 +47,28 @@ def linear_stats(
     shard: VocabShard,
     temperature: float = 1.0,
     entropy: bool = True,
-    chunk: int | None = None,
+    chunk: int = 1024,
 ) -> LinearStats:
-    """hidden [N, H], weight [rows >= shard.size, H], labels [N] int64 of the whole vocabulary.
+    """Statistics of softmax(hidden weight^T / temperature) over the whole vocabulary, equal on all ranks of the shard.
 
-    Differentiable in `hidden` and `weight`; rows beyond the shard's size are never read and get a zero gradient. With
-    no tokens the result is empty and the gradients are zeros, so that the weight always has one. `chunk` is the number
-    of vocabulary columns held at a time.
+    Shapes: `hidden` [N, H], the same on every rank; `weight` [rows, H], whose rows beyond `shard.size` are padding and
+    are never read; `labels` [N] int64, ids in the true vocabulary. Results are float64 for float64, otherwise float32.
+
+    Gradients: `weight`'s is complete, with zeros on the padding. `hidden`'s is this shard's part of a sum over the
+    shards: reach this function through a region operator whose backward reduces it. Call it with N = 0 too, on all
+    ranks alike: the weight then gets a gradient of zeros.
+
+    `chunk` is the number of vocabulary columns in memory at once.
     """
-    assert hidden.ndim == 2 and weight.shape[0] >= shard.size and labels.shape == hidden.shape[:1]
-    if chunk is None:
-        chunk = max(256, CHUNK_ELEMENTS[hidden.device.type] // max(1, hidden.shape[0]))
-    logp, row_entropy = _LinearStats.apply(hidden, weight, labels, shard, temperature, entropy, chunk)
-    return LinearStats(logp, row_entropy if entropy else None)
-
-
-class _Logits:
-    """Chunks of z in working precision, in buffers that are used again for every chunk."""
-
-    def __init__(self, hidden: Tensor, weight: Tensor, temperature: float, chunk: int) -> None:
-        self.hidden, self.weight, self.scale = hidden, weight, 1.0 / temperature
-        self.dtype = torch.promote_types(hidden.dtype, torch.float32)
-        columns = min(chunk, weight.shape[0])
-        self.product = hidden.new_empty(hidden.shape[0] * columns)
-        same = self.dtype == hidden.dtype
-        self.working = self.product if same else torch.empty_like(self.product, dtype=self.dtype)
-
-    def columns(self, first: int, last: int) -> Tensor:
-        """z[:, first:last]; the caller may overwrite it."""
-        shape = (self.hidden.shape[0], last - first)
-        size = shape[0] * shape[1]
-        z = torch.mm(self.hidden, self.weight[first:last].T, out=self.product[:size].view(shape))
-        if self.working is not self.product:
-            z = self.working[:size].view(shape).copy_(z)
-        return z if self.scale == 1.0 else z.mul_(self.scale)
-
-    def as_input(self, dz: Tensor) -> Tensor:
-        """A chunk's gradient in the inputs' dtype, for the products with them."""
-        return dz if self.working is self.product else self.product[: dz.numel()].view(dz.shape).copy_(dz)
-
-
-def _spans(size: int, chunk: int) -> list[tuple[int, int]]:
-    return [(first, min(size, first + chunk)) for first in range(0, size, chunk)]
-
-
-def _local_rows(logits: _Logits, labels: Tensor, shard: VocabShard, entropy: bool, chunk: int) -> Tensor:
-    """This shard's statistics [N, 3] or [N, 4]: m, s, z_y, r."""
-    tokens = labels.shape[0]
-    # A shard of padding alone keeps this maximum: finite, so that products with its zero sums stay zero.
-    m = torch.full((tokens,), torch.finfo(logits.dtype).min, dtype=logits.dtype, device=labels.device)
-    s, z_y, r = torch.zeros_like(m), torch.zeros_like(m), torch.zeros_like(m)
-    for first, last in _spans(shard.size, chunk):
-        z = logits.columns(first, last)
-        place, inside = shard.locate(labels, first, last)
-        z_y = torch.where(inside, z.gather(1, place[:, None])[:, 0], z_y)
-        largest = torch.maximum(m, z.amax(dim=1))
-        shift = m - largest
-        decay = shift.exp()
-        z.sub_(largest[:, None])
-        if entropy:
-            e = z.exp()
-            r = (r + torch.where(s > 0, shift, 0.0) * s) * decay + torch.linalg.vecdot(e, z)
-        else:
-            e = z.exp_()
-        s = s * decay + e.sum(dim=1)
-        m = largest
-    return torch.stack([m, s, z_y, r] if entropy else [m, s, z_y], dim=1)
+    assert hidden.dtype == weight.dtype, (hidden.dtype, weight.dtype)
+    assert labels.shape == hidden.shape[:1], (labels.shape, hidden.shape)
+    assert weight.shape[0] >= shard.size, (weight.shape, shard)
+    return LinearStats(*_LinearStats.apply(hidden, weight, labels, shard, temperature, entropy, chunk))
 
 
 class _LinearStats(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
@@ -121,48 +77,116 @@ class _LinearStats(torch.autograd.Function):
         temperature: float,
         entropy: bool,
         chunk: int,
-    ) -> tuple[Tensor, Tensor]:
-        logits = _Logits(hidden, weight, temperature, chunk)
-        rows = shard.gather(_local_rows(logits, labels, shard, entropy, chunk))
-        m, s = rows[..., 0], rows[..., 1]
-        common = m.amax(dim=0)
-        shift = m - common
-        decay = shift.exp()
-        total = (s * decay).sum(dim=0)
-        log_z = common + total.log()
-        logp = rows[..., 2].sum(dim=0) - log_z
-        if entropy:
-            rebased = (rows[..., 3] + torch.where(s > 0, shift, 0.0) * s) * decay
-            row_entropy = total.log() - rebased.sum(dim=0) / total
-        else:
-            row_entropy = torch.empty_like(logp)
-        ctx.save_for_backward(hidden, weight, labels, log_z, row_entropy)
-        ctx.arguments = (shard, temperature, entropy, chunk)
-        return logp, row_entropy
+    ) -> tuple[Tensor, Tensor | None]:
+        local = _shard_rows(hidden, weight[: shard.size], labels - shard.start, temperature, entropy, chunk)
+        rows = _merge(shard.all_gather(local))
+        ctx.save_for_backward(hidden, weight, labels, rows)
+        ctx.shard, ctx.temperature, ctx.chunk = shard, temperature, chunk
+        ctx.set_materialize_grads(False)
+        top, total, label_logit = rows[:, :3].unbind(1)
+        logp = (label_logit - top) - total.log()
+        return logp, total.log() - rows[:, 3] / total if entropy else None
 
     @staticmethod
-    def backward(ctx: Any, g_logp: Tensor, g_entropy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        hidden, weight, labels, log_z, row_entropy = ctx.saved_tensors
-        shard, temperature, entropy, chunk = ctx.arguments
-        with_entropy = entropy and bool((g_entropy != 0).any())
-        logits = _Logits(hidden, weight, temperature, chunk)
-        # Every row is written once, so its gradient is never accumulated in low precision.
-        d_weight = torch.empty_like(weight)
-        d_weight[shard.size :].zero_()
-        d_hidden = torch.zeros(hidden.shape, dtype=logits.dtype, device=hidden.device)
-        for first, last in _spans(shard.size, chunk):
-            log_p = logits.columns(first, last).sub_(log_z[:, None])
-            if with_entropy:
-                constant = -g_logp - g_entropy * row_entropy
-                factor = torch.addcmul(constant[:, None], log_p, -g_entropy[:, None])
-                dz = log_p.exp_().mul_(factor)
-            else:
-                dz = log_p.exp_().mul_(-g_logp[:, None])
-            place, inside = shard.locate(labels, first, last)
-            dz.scatter_add_(1, place[:, None], torch.where(inside, g_logp, 0.0)[:, None])
-            if temperature != 1.0:
-                dz.mul_(1.0 / temperature)
-            low = logits.as_input(dz)
-            torch.mm(low.T, hidden, out=d_weight[first:last])
-            d_hidden += low @ weight[first:last]
-        return d_hidden.to(hidden.dtype), d_weight, None, None, None, None, None
+    @once_differentiable
+    def backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, labels, rows = ctx.saved_tensors
+        local_labels = labels - ctx.shard.start
+        # d(hidden weight^T) = dz / temperature, and dz is linear in the upstream gradients.
+        grad_logp = torch.zeros_like(rows[:, 0]) if grad_logp is None else grad_logp / ctx.temperature
+        grad_entropy = None if grad_entropy is None else grad_entropy / ctx.temperature
+        grad_hidden = torch.zeros_like(hidden, dtype=rows.dtype)
+        grad_weight = torch.empty_like(weight)
+        grad_weight[ctx.shard.size :] = 0
+        for columns, logits in _logit_chunks(hidden, weight[: ctx.shard.size], ctx.temperature, ctx.chunk):
+            grad = _logit_grad_(logits, rows, local_labels - columns.start, grad_logp, grad_entropy).to(hidden.dtype)
+            # All tokens at once, so each row of the weight's gradient is rounded once.
+            torch.mm(grad.t(), hidden, out=grad_weight[columns])
+            _add_mm_(grad_hidden, grad, weight[columns])
+        return grad_hidden.to(hidden.dtype), grad_weight, None, None, None, None, None
+
+
+def _logit_chunks(hidden: Tensor, weight: Tensor, temperature: float, chunk: int) -> Iterator[tuple[slice, Tensor]]:
+    """(columns, logits [N, columns] / temperature) over the vocabulary; the next chunk overwrites the logits.
+
+    The product has the inputs' dtype, as an lm-head's has; what follows is at least float32.
+    """
+    num_rows = weight.shape[0]
+    product = hidden.new_empty(hidden.shape[0], min(chunk, num_rows))
+    wide = product.to(torch.promote_types(hidden.dtype, torch.float32))
+    for start in range(0, num_rows, chunk):
+        columns = slice(start, min(start + chunk, num_rows))
+        width = columns.stop - start
+        torch.mm(hidden, weight[columns].t(), out=product[:, :width])
+        logits = wide[:, :width]
+        if wide is not product:
+            logits.copy_(product[:, :width])
+        if temperature != 1.0:
+            logits.mul_(1 / temperature)
+        yield columns, logits
+
+
+def _shard_rows(
+    hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float, entropy: bool, chunk: int
+) -> Tensor:
+    """Statistics [N, 3 or 4] of one shard's columns. `labels` count from the shard's first row, and may lie outside."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    # The neutral row of the merge: a finite maximum where -inf would make nan.
+    rows = torch.zeros(hidden.shape[0], 4 if entropy else 3, dtype=dtype, device=hidden.device)
+    rows[:, 0] = torch.finfo(dtype).min
+    for columns, logits in _logit_chunks(hidden, weight, temperature, chunk):
+        index, inside = _within(labels - columns.start, logits.shape[1])
+        label_logit = logits.gather(1, index[:, None])[:, 0].where(inside, 0)
+        top = logits.amax(1).clamp(min=torch.finfo(dtype).min)
+        logits.sub_(top[:, None])
+        if entropy:
+            exp = logits.clamp_(min=_FLOOR).exp()
+            part = [top, exp.sum(1), label_logit, logits.mul_(exp).sum(1)]
+        else:
+            part = [top, logits.exp_().sum(1), label_logit]
+        rows = _merge(torch.stack([rows, torch.stack(part, 1)]))
+    return rows
+
+
+def _merge(parts: Tensor) -> Tensor:
+    """Statistics of a union [N, C] from those of its disjoint parts [P, N, C]."""
+    tops, totals, label_logits = parts[..., :3].unbind(-1)
+    top = tops.amax(0)
+    shift = tops - top
+    scale = shift.exp()
+    columns = [top, (totals * scale).sum(0), label_logits.sum(0)]
+    if parts.shape[-1] == 4:
+        columns.append(((parts[..., 3] + shift * totals) * scale).sum(0))
+    return torch.stack(columns, 1)
+
+
+def _logit_grad_(
+    logits: Tensor, rows: Tensor, labels: Tensor, grad_logp: Tensor, grad_entropy: Tensor | None
+) -> Tensor:
+    """The gradient [N, columns] of the logits, in their place. `labels` count from the first of these columns."""
+    top, total = rows[:, 0], rows[:, 1]
+    shifted = logits.sub_(top[:, None])
+    if grad_entropy is None:
+        grad = shifted.exp_().mul_((-grad_logp / total)[:, None])
+    else:
+        shifted.clamp_(min=_FLOOR)
+        slope = grad_entropy / total
+        offset = slope * (rows[:, 3] / total) - grad_logp / total
+        factor = torch.addcmul(offset[:, None], shifted, slope[:, None], value=-1)
+        grad = shifted.exp_().mul_(factor)
+    index, inside = _within(labels, logits.shape[1])
+    return grad.scatter_add_(1, index[:, None], grad_logp.where(inside, 0)[:, None])
+
+
+def _within(labels: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Labels made safe as indices below `width`, and which of them needed nothing for it."""
+    inside = (labels >= 0) & (labels < width)
+    return labels.where(inside, 0), inside
+
+
+def _add_mm_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, where the total may be wider than the factors."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(left @ right)

@@ -1,17 +1,16 @@
-"""Dense definitions of the vocabulary operators: what every fast path is tested against."""
+"""The operators by definition: dense, one shard, gradients by autograd. The tests measure the others against these."""
 
 import torch
 from torch import Tensor
 
 
 def linear_stats(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """log p(label) and entropy of p = softmax(hidden weight^T / temperature).
+    """Log-probability of the labels, and entropy, of softmax(hidden weight^T / temperature).
 
-    hidden [N, H], weight [V, H], labels [N] int64 -> logp [N], entropy [N], natural logarithm, in the inputs' dtype or
-    float32 if that is wider.
+    `hidden` [N, H], `weight` [V, H], `labels` [N] int64; both results [N], float64 for float64, otherwise float32.
     """
-    logits = hidden @ weight.T
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-    log_softmax = torch.log_softmax(logits, dim=-1)
-    entropy = -(log_softmax.exp() * log_softmax).sum(-1)
-    return log_softmax.gather(1, labels[:, None])[:, 0], entropy
+    logits = (hidden @ weight.t()).to(torch.promote_types(hidden.dtype, torch.float32)) / temperature
+    log_probs = logits.log_softmax(-1)
+    # p log p is 0 at p = 0, where log p is -inf.
+    entropy = -(log_probs.exp() * log_probs.clamp(min=torch.finfo(log_probs.dtype).min)).sum(-1)
+    return log_probs.gather(1, labels[:, None])[:, 0], entropy

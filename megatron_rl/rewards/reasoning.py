@@ -23,7 +23,7 @@ class Reasoning:
         task, entry = prompt.row.get("dataset"), prompt.row.get("entry")
         if task is None or not isinstance(entry, Mapping):
             raise ValueError(
-                f"row {prompt.index} has dataset={task!r} and entry={entry!r}; the reward 'reasoning' needs the rows of "
+                f"row {prompt.index} has dataset={task!r} and entry={entry!r}; the reward needs the rows of "
                 "a source 'reasoning-gym:<task>', with the task's name in `dataset` and its record in `entry`"
             )
         score = _scorer(task)

@@ -24,7 +24,11 @@ def _serve(rank: int, pipe: Connection) -> None:
     from megatron_rl.parallel.mesh import destroy_mesh
 
     torch.set_num_threads(1)
-    while (job := pipe.recv()) is not None:
+    while True:
+        try:
+            job = pipe.recv()
+        except EOFError:  # the test session is gone
+            return
         function, world, rendezvous, args, kwargs = job
         try:
             dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
@@ -48,7 +52,7 @@ class Pool:
         context = multiprocessing.get_context("spawn")
         for rank in range(SIZE):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, there), daemon=True)
+            process = context.Process(target=_serve, args=(rank, there))
             process.start()
             there.close()
             self.workers.append((process, here))
