@@ -33,7 +33,7 @@ FIGURES = (
     Figure("actor/entropy", "entropy", "{:.3g}"),
     Figure("actor/grad_norm", "grad_norm", "{:.3g}"),
     Figure("response_length/mean", "len", "{:.1f}"),
-    Figure("perf/throughput", "tok/s", "{:.0f}"),
+    Figure("perf/tokens_per_second", "tok/s", "{:.0f}"),
     Figure("timing_s/step", "", "{:.1f} s"),
 )
 

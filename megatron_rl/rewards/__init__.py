@@ -35,9 +35,9 @@ def resolve(name: str) -> RewardFunction:
     place, colon, function_name = name.rpartition(":")
     if not colon:
         near = get_close_matches(name, REWARDS, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise ValueError(
-            f"reward={name!r} is unknown; {hint}Use one of {', '.join(REWARDS)}, or name your own as "
+            f"reward={name!r} is unknown{hint}; use one of {', '.join(REWARDS)}, or name your own as "
             "'module:function' or 'path/to/file.py:function'"
         )
     try:

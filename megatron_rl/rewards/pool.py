@@ -189,6 +189,9 @@ class _Worker:
 
     def send(self, message: bytes, seconds: float) -> bool:
         """Hand over `message`, to be answered within `seconds`; False if the worker is gone already."""
+        # The pipe alone cannot tell: a child that is just being forked may still hold its other end.
+        if self._process.poll() is not None:
+            return False
         self._unsent, self._seconds = memoryview(message), seconds
         try:
             self._write()
@@ -232,8 +235,8 @@ class _Worker:
         for pipe in (self.requests, self._replies):
             with contextlib.suppress(KeyError):  # requests are watched only while the pipe is full
                 self._selector.unregister(pipe)
-        # Before the process is reaped: until then nobody else can be given its group id.
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # nothing is left of it but a zombie
+        # Before we wait: the group's id cannot pass to another while a process of it, or its zombie, is left.
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # no more than a zombie is left
             os.killpg(self._process.pid, signal.SIGKILL)
         code = self._process.wait()
         for stream in (self._process.stdin, self._process.stdout):

@@ -1,11 +1,11 @@
 """What a rollout batch looks like, under the names that users of verl know."""
 
-from collections import Counter
 from collections.abc import Sequence
 from statistics import fmean
 
 from torch import Tensor
 
+from megatron_rl.rewards.pool import count_failures
 from megatron_rl.trainers.evaluate import is_correct
 from megatron_rl.types import RolloutGroup
 
@@ -23,7 +23,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup], advantages: Tensor) -> dict[
     judged = [reward for reward in rewards if reward.reason is None]
     lengths = [float(len(rollout.token_ids)) for rollout in rollouts]
     parts = sorted({name for reward in judged for name in reward.parts})
-    failures = Counter(reward.reason.split(":")[0] for reward in rewards if reward.reason is not None)
+    failures = count_failures(rewards)
     silent = sum(len({reward.value for reward in group.rewards if reward.reason is None}) < 2 for group in groups)
     tokens = sum(lengths) + sum(len(group.prompt.token_ids) * len(group.rollouts) for group in groups)
     return {

@@ -203,6 +203,8 @@ class ModelWorker:
         for index, model in enumerate(self.models):
             model.load_state_dict(state[f"model{index}"])
         self.optimizer.load_state_dict(state["optimizer"])
+        # megatron-core adds the saved count to the present one.
+        self.scheduler.num_steps = 0
         self.scheduler.load_state_dict(state["scheduler"])
         self.version = state["version"]
 

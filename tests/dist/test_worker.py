@@ -52,7 +52,7 @@ def save_after(directory: str, layout: dict, checkpoints: str, steps: int) -> li
     """Trains, saves, trains on: the history of the steps after the save."""
     from megatron_rl.checkpoint.store import CheckpointStore
 
-    worker = make_worker(directory, layout, lr=1e-2)
+    worker = make_worker(directory, layout, lr=1e-2, warmup_steps=3, schedule=_linear())
     for _ in range(steps):
         update(worker)
     CheckpointStore(checkpoints, keep=2).save(steps, {"actor": worker}, {"note": [1, "two"]})
@@ -62,7 +62,7 @@ def save_after(directory: str, layout: dict, checkpoints: str, steps: int) -> li
 def load_and_go_on(directory: str, layout: dict, checkpoints: str) -> tuple[dict, int, list]:
     from megatron_rl.checkpoint.store import CheckpointStore
 
-    worker = make_worker(directory, layout, lr=1e-2)
+    worker = make_worker(directory, layout, lr=1e-2, warmup_steps=3, schedule=_linear())
     store = CheckpointStore(checkpoints, keep=2)
     path = store.latest()
     assert path is not None

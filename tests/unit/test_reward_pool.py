@@ -57,6 +57,7 @@ def judge(prompt, rollout, *, scale=1.0):
         forked = os.fork()
         if forked == 0:
             time.sleep(600)
+            os._exit(0)
         spawned = subprocess.Popen(["sleep", "600"])
         with open(argument, "w") as file:
             file.write(f"{forked} {spawned.pid}")
@@ -65,8 +66,6 @@ def judge(prompt, rollout, *, scale=1.0):
         time.sleep(600)
     if deed == "escape" and os.fork() == 0:
         return -1.0
-    if deed == "pid":
-        return os.getpid()
     return scale * prompt.index
 """
 
@@ -189,7 +188,7 @@ def test_the_deadline_counts_per_call_and_not_per_batch(two: RewardPool) -> None
     assert 1.5 * DEADLINE <= time.monotonic() - start < 3.0 * DEADLINE + 2.0, "not two at a time"
 
 
-def test_reports_count_by_kind(two: RewardPool) -> None:
+def test_failures_are_counted_by_kind(two: RewardPool) -> None:
     texts = ["raise", "return nan", "return text", "exit", "", "raise"]
     rewards = two.score([pair(index, text) for index, text in enumerate(texts)])
     assert count_failures(rewards) == {"error": 2, "not_finite": 1, "wrong_type": 1, "crashed": 1}
@@ -220,11 +219,13 @@ def test_a_forked_child_that_returns_cannot_answer(two: RewardPool) -> None:
     assert [reward.value for reward in rewards] == [2.0, 4.0, 6.0, 8.0, 10.0, 12.0]
 
 
-def test_a_worker_that_dies_between_calls_costs_nothing(two: RewardPool) -> None:
-    for pid in worker_pids(two):
-        os.kill(pid, signal.SIGKILL)
-        wait_until_gone({pid})
-    assert [reward.value for reward in two.score([pair(1), pair(2), pair(3)])] == [2.0, 4.0, 6.0]
+def test_a_worker_that_dies_between_calls_costs_nothing(judge: str) -> None:
+    with RewardPool(judge, workers=2, deadline_s=DEADLINE) as pool:
+        pool.score([pair(1, "escape"), pair(2, "escape")])
+        for pid in worker_pids(pool):
+            os.kill(pid, signal.SIGKILL)
+            wait_until_gone({pid})
+        assert [reward.value for reward in pool.score([pair(1), pair(2), pair(3)])] == [1.0, 2.0, 3.0]
 
 
 def test_groups_get_a_reward_for_each_rollout(two: RewardPool) -> None:
@@ -286,40 +287,6 @@ def test_workers_die_with_a_killed_trainer(judge: str) -> None:
     wait_until_gone(workers)
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "message"),
-    [
-        ("exakt", {}, r"did you mean 'exact'\?"),
-        ("no_such_module:f", {}, r"importing 'no_such_module' failed with ModuleNotFoundError"),
-        ("{path}:f", {}, r"failed with RuntimeError: not today"),
-        ("exact", {"answer_kee": "x"}, r"reward='exact' takes .*answer_key.*unexpected keyword argument 'answer_kee'"),
-        ("regex", {"pattern": "("}, r"pattern='\(' is not a regular expression"),
-        ("regex", {}, r"missing a required argument: 'pattern'"),
-    ],
-)
-def test_a_reward_that_cannot_start_is_an_error_at_once(
-    tmp_path: Path, name: str, options: dict[str, str], message: str
-) -> None:
-    path = tmp_path / "broken.py"
-    path.write_text("raise RuntimeError('not today')\n")
-    with pytest.raises(ValueError, match=message) as caught:
-        RewardPool(name.format(path=path), options, workers=1, deadline_s=1.0)
-    assert "Traceback" in caught.value.__notes__[0]
-
-
-@pytest.mark.parametrize(
-    ("body", "message"),
-    [
-        ("import time; time.sleep(60)", "not ready within start_deadline_s=0.5"),
-        ("import os; os._exit(4)", "exit code 4"),
-    ],
-)
-def test_a_module_that_hangs_or_exits_at_import(tmp_path: Path, body: str, message: str) -> None:
-    (tmp_path / "slow.py").write_text(body)
-    with pytest.raises(ValueError, match=message):
-        RewardPool(f"{tmp_path}/slow.py:f", workers=1, deadline_s=1.0, start_deadline_s=0.5)
-
-
 def test_a_slow_import_is_not_charged_to_a_call(tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text("import time; time.sleep(0.6)\ndef f(prompt, rollout): return 1\n")
     with RewardPool(f"{tmp_path}/slow.py:f", workers=1, deadline_s=0.3) as pool:
@@ -331,11 +298,3 @@ def test_a_users_module_is_found_as_in_the_trainer(tmp_path: Path, monkeypatch: 
     monkeypatch.syspath_prepend(tmp_path)
     with RewardPool("house_rewards:half", workers=1, deadline_s=1.0) as pool:
         assert pool.score([pair(0)])[0].value == 0.5
-
-
-def test_settings_are_checked() -> None:
-    with pytest.raises(ValueError, match="workers=0"):
-        RewardPool("exact", workers=0, deadline_s=1.0)
-    for seconds in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="deadline_s="):
-            RewardPool("exact", workers=1, deadline_s=seconds)

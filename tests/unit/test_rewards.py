@@ -1,4 +1,4 @@
-"""What the reward functions are worth, and how they are found by name."""
+"""What the reward functions return, how they are found by name, and what stops a pool from starting."""
 
 import subprocess
 import sys
@@ -10,6 +10,7 @@ import pytest
 from megatron_rl.rewards import REWARDS, resolve
 from megatron_rl.rewards.exact import exact, last_number, numeric
 from megatron_rl.rewards.format import regex
+from megatron_rl.rewards.pool import RewardPool
 from megatron_rl.types import Prompt, Rollout
 
 
@@ -158,7 +159,7 @@ def test_resolve_by_name_module_and_file(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_resolve_errors_say_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("1 / 0\n")
-    with pytest.raises(ValueError, match=r"reward='numerik' is unknown; did you mean 'numeric'\?"):
+    with pytest.raises(ValueError, match=r"reward='numerik' is unknown \(did you mean 'numeric'\?\); use one of exact"):
         resolve("numerik")
     with pytest.raises(ValueError, match=r"importing 'no_such_module' failed with ModuleNotFoundError"):
         resolve("no_such_module:f")
@@ -174,3 +175,45 @@ def test_the_package_imports_nothing_heavy() -> None:
     heavy = "{'torch', 'transformers', 'numpy', 'reasoning_gym'}"
     code = f"import sys, megatron_rl.rewards, megatron_rl.rewards.pool; print({heavy} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("exakt", {}, r"did you mean 'exact'\?"),
+        ("no_such_module:f", {}, r"importing 'no_such_module' failed with ModuleNotFoundError"),
+        ("{path}:f", {}, r"failed with RuntimeError: not today"),
+        ("exact", {"answer_kee": "x"}, r"reward='exact' takes .*answer_key.*unexpected keyword argument 'answer_kee'"),
+        ("regex", {"pattern": "("}, r"pattern='\(' is not a regular expression"),
+        ("regex", {}, r"missing a required argument: 'pattern'"),
+    ],
+)
+def test_a_reward_that_cannot_start_is_an_error_at_once(
+    tmp_path: Path, name: str, options: dict[str, str], message: str
+) -> None:
+    path = tmp_path / "broken.py"
+    path.write_text("raise RuntimeError('not today')\n")
+    with pytest.raises(ValueError, match=message) as caught:
+        RewardPool(name.format(path=path), options, workers=1, deadline_s=1.0)
+    assert "Traceback" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("import time; time.sleep(60)", "not ready within start_deadline_s=0.5"),
+        ("import os; os._exit(4)", "exit code 4"),
+    ],
+)
+def test_a_module_that_hangs_or_exits_at_import(tmp_path: Path, body: str, message: str) -> None:
+    (tmp_path / "slow.py").write_text(body)
+    with pytest.raises(ValueError, match=message):
+        RewardPool(f"{tmp_path}/slow.py:f", workers=1, deadline_s=1.0, start_deadline_s=0.5)
+
+
+def test_settings_are_checked() -> None:
+    with pytest.raises(ValueError, match="workers=0"):
+        RewardPool("exact", workers=0, deadline_s=1.0)
+    for seconds in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="deadline_s="):
+            RewardPool("exact", workers=1, deadline_s=seconds)
