@@ -24,7 +24,7 @@ OUT = Path("runs/quickstart")
 
 
 def parallel_overrides(layout: str) -> list[str]:
-    """"tp2pp2" -> parallel.tp=2 parallel.pp=2."""
+    """From tp2pp2 to parallel.tp=2 parallel.pp=2."""
     if not re.fullmatch(r"((tp|pp|dp)[1-9]\d*)+", layout):
         raise SystemExit(f"LAYOUT={layout!r} is not a layout: write tp2, pp2, dp2 or a combination such as tp2pp2")
     return [f"parallel.{axis}={size}" for axis, size in re.findall(r"(tp|pp|dp)(\d+)", layout)]

@@ -43,6 +43,7 @@ def make_model(directory: Path, seed: int) -> None:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=32,
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
         initializer_range=0.05,
         tie_word_embeddings=False,
         bos_token_id=None,

@@ -16,7 +16,7 @@ Config = SftConfig | GrpoConfig
 
 AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 
-# What each name stands for: GRPO (Shao et al., 2024, with dual clip), Dr. GRPO (Liu et al., 2025), GSPO (Zheng et al., 2025).
+# GRPO (Shao et al., 2024, with dual clip), Dr. GRPO (Liu et al., 2025), GSPO (Zheng et al., 2025).
 ALGORITHM_DEFAULTS: dict[Algorithm, dict[str, Any]] = {
     Algorithm.grpo: {
         "clip_low": 0.2,
@@ -206,7 +206,7 @@ def _check_grpo(config: GrpoConfig) -> None:
     )
     _require(
         config.rollout.group_size > 1,
-        f"rollout.group_size={config.rollout.group_size}: advantages compare the responses to one prompt, so at least 2",
+        f"rollout.group_size={config.rollout.group_size} must be at least 2: advantages compare answers to one prompt",
     )
     _require(
         updates > 0 and config.train.batch_size % updates == 0,

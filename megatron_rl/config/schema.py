@@ -1,20 +1,20 @@
 """Every option there is, by trainer. A section is a dataclass; a trainer's config is a dataclass of sections."""
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 from omegaconf import MISSING
 
 
-class DType(str, Enum):
+class DType(StrEnum):
     """What weights and activations are computed in. Gradients, master weights and losses are always float32."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
 
 
-class Schedule(str, Enum):
+class Schedule(StrEnum):
     """How the learning rate goes from `lr` to `min_lr` after the warm-up."""
 
     constant = "constant"
@@ -22,7 +22,7 @@ class Schedule(str, Enum):
     cosine = "cosine"
 
 
-class TruncationSide(str, Enum):
+class TruncationSide(StrEnum):
     """What happens to a prompt longer than `data.max_prompt_tokens`."""
 
     left = "left"
@@ -30,7 +30,7 @@ class TruncationSide(str, Enum):
     error = "error"
 
 
-class Chat(str, Enum):
+class Chat(StrEnum):
     """Whether prompts go through the tokenizer's chat template. `auto`: when it has one."""
 
     auto = "auto"
@@ -38,7 +38,7 @@ class Chat(str, Enum):
     never = "never"
 
 
-class Algorithm(str, Enum):
+class Algorithm(StrEnum):
     """Named policy-gradient algorithms; unset options take the values of the paper that the name stands for."""
 
     grpo = "grpo"

@@ -45,6 +45,12 @@ class Sample:
         """A copy with one more field."""
         return replace(self, fields={**self.fields, name: values.float()})
 
+    def with_loss_field(self, name: str, values: Tensor) -> "Sample":
+        """A copy with one more field, known only at the tokens that bear loss; it is zero at the others."""
+        full = torch.zeros(self.response_length)
+        full[self.loss_mask] = values.float()
+        return self.with_field(name, full)
+
     def without_loss(self) -> "Sample":
         """A copy none of whose tokens bears loss."""
         return replace(self, loss_mask=torch.zeros_like(self.loss_mask))

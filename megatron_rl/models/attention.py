@@ -1,6 +1,6 @@
 """Core attention and norm for the layer spec without Transformer Engine."""
 
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -76,7 +76,7 @@ class PackedAttention(MegatronModule):
         assert packed_seq_params is not None, "training tensors are packed"
         borders = packed_seq_params.cu_seqlens_q.tolist()
         outputs, start = [], 0
-        for length, run in groupby(stop - begin for begin, stop in zip(borders, borders[1:])):
+        for length, run in groupby(stop - begin for begin, stop in pairwise(borders)):
             stop = start + length * len(list(run))
             q, k, v = (
                 x[start:stop].view(-1, length, x.shape[-2], x.shape[-1]).transpose(1, 2) for x in (query, key, value)

@@ -98,7 +98,7 @@ def transformer_config(shape: ModelShape, mesh: Mesh, dtype: torch.dtype) -> Tra
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         use_cpu_initialization=device.ON_CPU,
-        # The weights drawn here are overwritten, but drawing them marks which are sharded; the gradient norm needs that.
+        # The drawn weights are overwritten, but drawing marks which are sharded, and the gradient norm needs that.
         perform_initialization=True,
         # Packed micro-batches differ in length; megatron-core asks for this dispatcher even in dense models.
         variable_seq_lengths=True,

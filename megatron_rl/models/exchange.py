@@ -1,4 +1,4 @@
-"""Weights in and out: Hugging Face slices into this rank's parameters, and full Hugging Face tensors out of all ranks."""
+"""Weights in and out: Hugging Face slices into this rank's parameters, full Hugging Face tensors out of all ranks."""
 
 from collections.abc import Callable, Iterator, Sequence
 

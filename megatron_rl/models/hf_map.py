@@ -173,7 +173,7 @@ class WeightMap:
 
 
 def canonical_name(name: str) -> str:
-    """Transformer Engine fuses a norm into the linear layer behind it; the map knows both spellings as the plain one."""
+    """The plain spelling of a name: Transformer Engine fuses a norm into the linear layer behind it."""
     return name.replace(".self_attention.linear_qkv.layer_norm_weight", ".input_layernorm.weight").replace(
         ".mlp.linear_fc1.layer_norm_weight", ".pre_mlp_layernorm.weight"
     )

@@ -50,7 +50,7 @@ class _Stream(torch.cpu.Stream):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    def record_event(self, event: _Event | None = None) -> _Event:
+    def record_event(self, event: _Event | None = None) -> _Event:  # type: ignore[override]
         return event or _Event()
 
     def synchronize(self) -> None:

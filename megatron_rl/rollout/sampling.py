@@ -21,8 +21,8 @@ def sampling_log_probs(logits: Tensor, *, temperature: float, top_k: int, top_p:
     """Log-probabilities that tokens are drawn with, and the log of the mass that truncation kept.
 
     logits [B, V] -> (log_probs [B, V] float32 with -inf where cut off, log_kept [B]). Top-k keeps the k largest; top-p
-    (Holtzman et al., 2020) then keeps the shortest head of the sorted rest whose mass within it reaches p. Temperature 0
-    keeps the largest logit of the distribution at temperature 1.
+    (Holtzman et al., 2020) then keeps the shortest head of the sorted rest whose mass within it reaches p.
+    Temperature 0 keeps the largest logit of the distribution at temperature 1.
     """
     if temperature == 0:
         log_probs = torch.log_softmax(logits.float(), dim=-1)

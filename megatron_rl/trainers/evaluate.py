@@ -19,7 +19,7 @@ def is_correct(reward: Reward) -> bool:
 
 
 def pass_at_k(correct: Sequence[int], draws: int, k: int) -> float:
-    """Mean over problems of 1 - C(n - c, k) / C(n, k): unbiased from n draws of which c are right (Chen et al., 2021)."""
+    """Mean of 1 - C(n - c, k) / C(n, k) over problems: unbiased from n draws, c of them right (Chen et al., 2021)."""
     return sum(1.0 - comb(draws - c, k) / comb(draws, k) for c in correct) / len(correct)
 
 

@@ -46,7 +46,7 @@ class GrpoTrainer:
         if probe or not self.objective.on_policy:
             with timer("old_log_prob"):
                 log_probs = actor.log_probs(samples, self._plan(samples), config.rollout.temperature)
-            samples = [sample.with_field("old_log_probs", log_probs[sample.id]) for sample in samples]
+            samples = [sample.with_loss_field("old_log_probs", log_probs[sample.id]) for sample in samples]
             if probe:
                 metrics |= self._check_parity(groups, log_probs)
         with timer("update_actor"):

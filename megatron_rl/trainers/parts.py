@@ -1,14 +1,15 @@
 """What trainers are put together from: tokenizer, data, engine, rewards. Wiring, no logic."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from megatron_rl.config.load import Config
 from megatron_rl.config.schema import DataConfig, SftDataConfig
-from megatron_rl.data.sources import ExampleEncoder, ExampleSource, PromptEncoder, PromptSource, load_rows
+from megatron_rl.data.sources import ExampleEncoder, ExampleSource, PromptEncoder, PromptSource, Rows, load_rows
 from megatron_rl.data.tokenizer import load_tokenizer, pad_id, read_generation_eos, stop_ids
 from megatron_rl.parallel.collect import gather_over_world
 from megatron_rl.parallel.mesh import Mesh
@@ -65,7 +66,7 @@ def _prompt_encoder(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Pro
     )
 
 
-def _rows(source: str, task: dict) -> object:
+def _rows(source: str, task: Mapping[str, Any]) -> Rows:
     options = dict(task)
     return load_rows(source, size=options.pop("size", None), seed=options.pop("seed", 0), options=options or None)
 

@@ -72,7 +72,8 @@ class Run:
         if dist.get_rank() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
             save_config(self.config, self.directory / "config.yaml")
-            self.writer = Writer(self.directory, self.config.train.steps, self.config.trainer, first_step=done + 1 if done else 0)
+            first = done + 1 if done else 0
+            self.writer = Writer(self.directory, self.config.train.steps, self.config.trainer, first_step=first)
             self._say(self._banner(done))
         try:
             if done == 0:

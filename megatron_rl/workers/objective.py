@@ -56,9 +56,14 @@ class Outcome(NamedTuple):
 class Objective(Protocol):
     """A loss. `field_names` are the per-token fields it reads from the micro-batch."""
 
-    field_names: tuple[str, ...]
-    temperature: float
-    entropy: bool
+    @property
+    def field_names(self) -> tuple[str, ...]: ...
+
+    @property
+    def temperature(self) -> float: ...
+
+    @property
+    def entropy(self) -> bool: ...
 
     def __call__(self, stats: LinearStats, batch: MicroBatch) -> Outcome: ...
 

@@ -37,8 +37,10 @@ def test_inert_where_there_is_cuda() -> None:
 
 
 def test_too_late_is_said() -> None:
-    done = python("import sys, types; sys.modules['megatron.core'] = types.ModuleType('x');"
-                  "from megatron_rl.parallel import cpu_backend; cpu_backend.install()")
+    done = python(
+        "import sys, types; sys.modules['megatron.core'] = types.ModuleType('x');"
+        "from megatron_rl.parallel import cpu_backend; cpu_backend.install()"
+    )
     assert "comes too late" in done.stderr
 
 
