@@ -229,3 +229,44 @@ def test_gradient_is_that_of_transformers(model: Path, reference: dict) -> None:
         torch.testing.assert_close(
             named[name].double(), parameter.grad, rtol=0, atol=1e-5 * float(parameter.grad.abs().max())
         )
+
+
+@pytest.mark.parametrize("name, mode", [("grpo", "token-mean"), ("gspo", "seq-mean-token-mean")])
+def test_loss_functions_alone_do_not_depend_on_the_split(name: str, mode: str) -> None:
+    """In float64: the whole batch at once, and cut into pieces in another order."""
+    from megatron_rl.algorithms import policy_loss
+    from megatron_rl.algorithms.reduction import token_weights
+
+    samples = make_samples(mode)
+    weights = token_weights([sample.loss_mask for sample in samples], mode)
+    generator = torch.Generator().manual_seed(8)
+    logp = [-5 + 0.5 * torch.randn(s.response_length, generator=generator, dtype=torch.float64) for s in samples]
+
+    def share(indices: list[int], leaves: list[Tensor]) -> Tensor:
+        kept = [samples[i].loss_mask for i in indices]
+        flat = {
+            key: torch.cat([samples[i].fields[key].double()[mask] for i, mask in zip(indices, kept)])
+            for key in ("old_log_probs", "advantages")
+        }
+        now = torch.cat([leaves[i][mask] for i, mask in zip(indices, kept)])
+        ids = torch.cat([torch.full((int(mask.sum()),), place) for place, mask in enumerate(kept)])
+        arguments = (now, flat["old_log_probs"], flat["advantages"])
+        terms = (
+            policy_loss.ppo_clip(*arguments)
+            if name == "grpo"
+            else policy_loss.gspo(*arguments, ids, len(indices), clip_low=0.3, clip_high=0.4)
+        )
+        return (torch.cat([weights[i][mask] for i, mask in zip(indices, kept)]) * terms.loss).sum()
+
+    def total(parts: list[list[int]]) -> tuple[Tensor, Tensor]:
+        leaves = [values.clone().requires_grad_() for values in logp]
+        loss = torch.stack([share(part, leaves) for part in parts]).sum()
+        loss.backward()
+        return loss.detach(), torch.cat([leaf.grad for leaf in leaves if leaf.grad is not None])
+
+    loss, gradient = total([list(range(13))])
+    assert gradient.abs().max() > 0
+    for parts in ([[i] for i in range(13)], [[12, 3, 4], [0, 7, 9, 1], [2, 11], [10, 5, 8, 6]]):
+        other_loss, other_gradient = total(parts)
+        assert abs(other_loss - loss) < 1e-10
+        assert (other_gradient - gradient).abs().max() < 1e-10

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_rl.metrics.writer import LiveTable, Writer
 
 STEP = {
-    "perf/throughput": 5123.4,
+    "perf/tokens_per_second": 5123.4,
     "critic/score/mean": 0.43,
     "actor/loss": 0.012,
     "actor/grad_norm": 0.8,

@@ -1,0 +1,54 @@
+"""Every option is read somewhere, and every shipped config is valid."""
+
+import ast
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_rl.config.load import load_config
+from megatron_rl.config.schema import SCHEMAS
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "examples").rglob("*.yaml"))
+
+
+def fields(schema: type) -> Iterator[tuple[str, str]]:
+    """(section, field) of every option."""
+    for section in dataclasses.fields(schema):
+        if dataclasses.is_dataclass(section.type):
+            for item in dataclasses.fields(section.type):
+                yield section.name, item.name
+        else:
+            yield "", section.name
+
+
+def attributes_read() -> set[str]:
+    """Names that the package reads as attributes, outside the checks of the configuration itself."""
+    found = set()
+    for path in (ROOT / "megatron_rl").rglob("*.py"):
+        if path.parent.name != "config":
+            found |= {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+    return found
+
+
+# The layout is handed on whole, as keyword arguments of the mesh.
+HANDED_ON = {("parallel", name) for name in ("tp", "pp", "vpp", "dp", "sequence_parallel")}
+
+
+@pytest.mark.parametrize("trainer", SCHEMAS)
+def test_every_option_has_a_reader(trainer: str) -> None:
+    read = attributes_read()
+    unread = {(section, name) for section, name in fields(SCHEMAS[trainer]) if name not in read}
+    assert unread <= HANDED_ON
+
+
+@pytest.mark.parametrize("trainer", SCHEMAS)
+def test_few_options(trainer: str) -> None:
+    assert len(list(fields(SCHEMAS[trainer]))) < 120
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=[str(path.relative_to(ROOT)) for path in CONFIGS])
+def test_shipped_configs_are_valid(path: Path) -> None:
+    load_config(path)

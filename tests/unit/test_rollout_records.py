@@ -1,0 +1,106 @@
+"""From scored groups to samples and figures."""
+
+import math
+
+import pytest
+import torch
+
+from megatron_rl.data.samples import from_example, weighed
+from megatron_rl.rollout.sync import parity_gap
+from megatron_rl.types import Prompt, Reward, Rollout, RolloutGroup
+
+
+def rollout(sample: int, tokens: tuple[int, ...], finish: str = "stop") -> Rollout:
+    return Rollout(
+        prompt_index=0,
+        sample_index=sample,
+        token_ids=tokens,
+        text="",
+        log_probs=tuple(-0.5 * (i + 1) for i in range(len(tokens))),
+        log_kept_mass=(-0.1,) * len(tokens),
+        finish_reason=finish,  # type: ignore[arg-type]
+        policy_version=3,
+    )
+
+
+PROMPT = Prompt(index=0, text="q", token_ids=(7, 8, 9))
+GROUP = RolloutGroup(
+    prompt=PROMPT,
+    rollouts=(rollout(0, (1, 2)), rollout(1, (3,)), rollout(2, (4, 5, 6, 2), "length"), rollout(3, (2,))),
+    rewards=(
+        Reward(value=1.0, parts={"accuracy": 1.0, "format": 0.5}),
+        Reward(value=0.2, parts={"accuracy": 0.0, "format": 1.0}),
+        Reward(value=math.nan, reason="timeout"),
+        Reward(value=0.6),
+    ),
+)
+SILENT = RolloutGroup(prompt=PROMPT, rollouts=(rollout(0, (1,)),) * 2, rewards=(Reward(value=0.3),) * 2)
+
+
+def test_samples_keep_tokens_and_drop_the_unjudged() -> None:
+    from megatron_rl.trainers.grpo import group_advantages, to_samples
+
+    values = group_advantages([GROUP, SILENT], normalize_by_std=True)
+    # 1.0, 0.2 and 0.6 have mean 0.6 and unbiased deviation 0.4.
+    assert values.tolist() == pytest.approx([1, -1, 0, 0, 0, 0], abs=1e-5)
+    samples = to_samples([GROUP, SILENT], values)
+    assert [sample.id for sample in samples] == [0, 1, 2, 3, 4, 5]
+    assert samples[0].token_ids.tolist() == [7, 8, 9, 1, 2]
+    assert samples[0].fields["advantages"].tolist() == pytest.approx([1.0, 1.0], abs=1e-5)
+    assert [int(sample.loss_mask.sum()) for sample in samples] == [2, 1, 0, 1, 1, 1]
+    weights = weighed(samples, "token-mean")
+    assert sum(float(sample.fields["weights"].sum()) for sample in weights) == pytest.approx(1.0)
+    assert not weights[2].fields["weights"].any()
+
+
+def test_fields_known_at_loss_tokens_only() -> None:
+    sample = from_example(0, [5], [6, 7, 8])
+    masked = sample.without_loss()
+    assert masked.with_loss_field("old", torch.empty(0)).fields["old"].tolist() == [0, 0, 0]
+    assert sample.with_loss_field("old", torch.tensor([1.0, 2.0, 3.0])).fields["old"].tolist() == [1, 2, 3]
+
+
+def test_figures() -> None:
+    from megatron_rl.trainers.rollout_metrics import rollout_metrics
+
+    figures = rollout_metrics([GROUP, SILENT], torch.tensor([1.0, -1.0, 0.0, 0.0, 0.0, 0.0]))
+    assert figures["critic/score/mean"] == pytest.approx((1.0 + 0.2 + 0.6 + 0.3 + 0.3) / 5)
+    assert figures["reward/accuracy"] == 0.5 and figures["reward/format"] == 0.75
+    assert figures["reward/failed"] == figures["reward/failed/timeout"] == 1
+    assert figures["response_length/mean"] == pytest.approx((2 + 1 + 4 + 1 + 1 + 1) / 6)
+    assert figures["response_length/clip_ratio"] == pytest.approx(1 / 6)
+    assert figures["rollout/silent_groups"] == 0.5
+    assert figures["rollout/correct"] == pytest.approx(1 / 6)
+    assert figures["perf/total_num_tokens"] == 10 + 6 * 3
+
+
+def test_correct_is_full_marks_in_accuracy() -> None:
+    from megatron_rl.trainers.evaluate import is_correct
+
+    assert is_correct(Reward(value=1.0)) and not is_correct(Reward(value=0.9))
+    assert is_correct(Reward(value=0.9, parts={"accuracy": 1.0})) and not is_correct(
+        Reward(value=2.0, parts={"accuracy": 0})
+    )
+    assert not is_correct(Reward(value=math.nan, reason="timeout"))
+
+
+def test_pass_at_k_is_unbiased() -> None:
+    """Against every choice of k out of n draws."""
+    from itertools import combinations
+
+    from megatron_rl.trainers.evaluate import pass_at_k
+
+    for draws, correct in ((4, (0, 1, 4)), (5, (2, 3, 0))):
+        for k in range(1, draws + 1):
+            tries = [
+                sum(any(i < c for i in chosen) for chosen in combinations(range(draws), k)) / math.comb(draws, k)
+                for c in correct
+            ]
+            assert pass_at_k(correct, draws, k) == pytest.approx(sum(tries) / len(tries))
+
+
+def test_parity_gap_counts_the_truncated_mass() -> None:
+    trained = {0: torch.tensor([-0.6, -1.1]), 1: torch.tensor([-0.6 - 0.25])}
+    largest, mean = parity_gap(GROUP.rollouts[:2], trained)
+    assert largest == pytest.approx(0.25) and mean == pytest.approx(0.25 / 3)
+    assert parity_gap([], {}) == (0.0, 0.0)
