@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from math import comb
 
 from megatron_rl.config.load import Config
-from megatron_rl.rollout.engine import Engine, Sampling
+from megatron_rl.rollout.engine import Sampling
 from megatron_rl.rollout.sync import push
 from megatron_rl.trainers.parts import Parts, score
 from megatron_rl.types import Prompt, Reward, RolloutGroup
@@ -27,12 +27,10 @@ class Evaluator:
     """Answers the held-out prompts with the actor's current weights."""
 
     def __init__(self, parts: Parts, prompts: Sequence[Prompt]) -> None:
-        self.parts = parts
+        self.parts, self.engine, self.pool = parts, parts.engine, parts.pool
         self.prompts = list(prompts)[: parts.config.eval.limit]
 
-    def _answer(
-        self, config: Config, engine: Engine, step: int, *, draws: int, temperature: float
-    ) -> list[RolloutGroup]:
+    def _answer(self, config: Config, step: int, *, draws: int, temperature: float) -> list[RolloutGroup]:
         sampling = Sampling(
             group_size=draws,
             max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens,
@@ -42,13 +40,13 @@ class Evaluator:
             seed=config.train.seed,
             stream=(EVALUATION, step),
         )
-        return score(self.parts.pool, engine.generate(self.prompts, sampling))
+        return score(self.pool, self.engine.generate(self.prompts, sampling))
 
     def __call__(self, step: int) -> tuple[dict[str, float], list[RolloutGroup]]:
         """`val/*`, and the greedy answers. Collective."""
-        config, engine = self.parts.config, self.parts.engine
-        push(self.parts.actor.named_hf_weights, engine, self.parts.actor.version)
-        greedy = self._answer(config, engine, step, draws=1, temperature=0.0)
+        config, actor = self.parts.config, self.parts.actor
+        push(actor.named_hf_weights, self.engine, actor.version)
+        greedy = self._answer(config, step, draws=1, temperature=0.0)
         rollouts = [group.rollouts[0] for group in greedy]
         rewards = [group.rewards[0] for group in greedy]
         metrics = {
@@ -58,7 +56,7 @@ class Evaluator:
             "val/reward_failed": float(sum(reward.reason is not None for reward in rewards)),
         }
         if draws := config.eval.samples:
-            drawn = self._answer(config, engine, step, draws=draws, temperature=config.rollout.temperature)
+            drawn = self._answer(config, step, draws=draws, temperature=config.rollout.temperature)
             correct = [sum(map(is_correct, group.rewards)) for group in drawn]
             for k in sorted({2**power for power in range(draws.bit_length()) if 2**power <= draws} | {draws}):
                 metrics[f"val/pass@{k}"] = pass_at_k(correct, draws, k)

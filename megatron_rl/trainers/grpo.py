@@ -16,7 +16,7 @@ from megatron_rl.parallel.mesh import Mesh
 from megatron_rl.rollout.engine import Sampling
 from megatron_rl.rollout.sync import check_parity, parity_gap, push
 from megatron_rl.trainers.evaluate import TRAINING
-from megatron_rl.trainers.parts import Parts, build_parts, score, train_prompts
+from megatron_rl.trainers.parts import Parts, score, train_prompts
 from megatron_rl.trainers.rollout_metrics import rollout_metrics
 from megatron_rl.types import RolloutGroup
 from megatron_rl.workers.objective import PolicyGradient
@@ -27,17 +27,18 @@ class GrpoTrainer:
 
     def __init__(self, config: GrpoConfig, parts: Parts, source: PromptSource) -> None:
         self.config, self.parts, self.source = config, parts, source
+        self.engine, self.pool = parts.engine, parts.pool
         self.objective = policy_objective(config)
         self.probed = False
 
     def step(self, step: int, timer: Timer) -> dict[str, float]:
-        config, actor, engine = self.config, self.parts.actor, self.parts.engine
+        config, actor, engine = self.config, self.parts.actor, self.engine
         with timer("sync"):
             push(actor.named_hf_weights, engine, actor.version)
         with timer("gen"):
             groups = engine.generate(self.source.next(config.train.batch_size), self._sampling(step))
         with timer("reward"):
-            groups = score(self.parts.pool, groups)
+            groups = score(self.pool, groups)
         with timer("adv"):
             values = group_advantages(groups, normalize_by_std=bool(config.algorithm.normalize_by_std))
             samples = to_samples(groups, values)
@@ -145,5 +146,5 @@ def policy_objective(config: GrpoConfig) -> PolicyGradient:
 
 def build(config: GrpoConfig, mesh: Mesh) -> GrpoTrainer:
     """The trainer on this rank."""
-    parts = build_parts(config, mesh, config.train.steps * config.train.updates_per_step)
+    parts = Parts(config, mesh, total_updates=config.train.steps * config.train.updates_per_step)
     return GrpoTrainer(config, parts, train_prompts(config, parts.tokenizer))

@@ -1,7 +1,7 @@
 """What trainers are put together from: tokenizer, data, engine, rewards. Wiring, no logic."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch.distributed as dist
@@ -19,41 +19,36 @@ from megatron_rl.types import RolloutGroup
 from megatron_rl.workers.model_worker import DTYPES, ModelWorker
 
 
-@dataclass(kw_only=True)
 class Parts:
-    """The shared parts of every trainer. `engine` and `pool` are there where something is generated and judged."""
+    """The shared parts of every trainer. Engine and reward workers start when they are first asked for."""
 
-    config: Config
-    mesh: Mesh
-    tokenizer: PreTrainedTokenizerBase
-    actor: ModelWorker
-    engine: HFEngine
-    pool: RewardPool
+    def __init__(self, config: Config, mesh: Mesh, *, total_updates: int) -> None:
+        """`total_updates` is the length of the learning-rate schedule."""
+        self.config, self.mesh = config, mesh
+        self.tokenizer = load_tokenizer(config.model.path)
+        self.actor = ModelWorker(config.model, config.optim, mesh, total_steps=total_updates)
 
-
-def build_parts(config: Config, mesh: Mesh, total_updates: int) -> Parts:
-    """Model, engine and reward workers on this rank. `total_updates` is the length of the learning-rate schedule."""
-    tokenizer = load_tokenizer(config.model.path)
-    return Parts(
-        config=config,
-        mesh=mesh,
-        tokenizer=tokenizer,
-        actor=ModelWorker(config.model, config.optim, mesh, total_steps=total_updates),
-        engine=HFEngine(
+    @cached_property
+    def engine(self) -> HFEngine:
+        config = self.config
+        return HFEngine(
             config.model.path,
-            tokenizer,
+            self.tokenizer,
             dtype=DTYPES[config.model.dtype.value],
-            stop=stop_ids(tokenizer, read_generation_eos(config.model.path)),
-            pad=pad_id(tokenizer),
+            stop=stop_ids(self.tokenizer, read_generation_eos(config.model.path)),
+            pad=pad_id(self.tokenizer),
             max_sequences=config.rollout.max_sequences,
-        ),
-        pool=RewardPool(
-            config.reward.name,
-            config.reward.options,
-            workers=config.reward.workers,
-            deadline_s=config.reward.deadline_s,
-        ),
-    )
+        )
+
+    @cached_property
+    def pool(self) -> RewardPool:
+        reward = self.config.reward
+        return RewardPool(reward.name, reward.options, workers=reward.workers, deadline_s=reward.deadline_s)
+
+    def close(self) -> None:
+        """Ends the reward workers."""
+        if "pool" in self.__dict__:
+            self.pool.close()
 
 
 def _prompt_encoder(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PromptEncoder:

@@ -50,7 +50,7 @@ def run(config: Config) -> None:
     try:
         Run(config, mesh, trainer).loop()
     finally:
-        trainer.parts.pool.close()
+        trainer.parts.close()
         destroy_mesh()
 
 

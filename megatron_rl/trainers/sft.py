@@ -8,7 +8,7 @@ from megatron_rl.data.samples import from_example, weighed
 from megatron_rl.data.sources import ExampleSource
 from megatron_rl.metrics.timing import Timer
 from megatron_rl.parallel.mesh import Mesh
-from megatron_rl.trainers.parts import Parts, build_parts, train_examples
+from megatron_rl.trainers.parts import Parts, train_examples
 from megatron_rl.workers.objective import NegativeLogLikelihood
 
 
@@ -48,5 +48,5 @@ class SftTrainer:
 
 def build(config: SftConfig, mesh: Mesh) -> SftTrainer:
     """The trainer on this rank."""
-    parts = build_parts(config, mesh, config.train.steps)
+    parts = Parts(config, mesh, total_updates=config.train.steps)
     return SftTrainer(config, parts, train_examples(config, parts.tokenizer))
