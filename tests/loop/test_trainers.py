@@ -41,6 +41,14 @@ def train(cwd: str, config: str, overrides: list[str]) -> None:
         os.chdir(back)
 
 
+def train_and_fail(cwd: str, config: str, overrides: list[str]) -> str:
+    from megatron_rl.rollout.sync import ParityError
+
+    with pytest.raises(ParityError) as caught:
+        train(cwd, config, overrides)
+    return str(caught.value)
+
+
 def steps(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
@@ -200,8 +208,9 @@ def test_a_run_whose_engine_disagrees_stops_and_says_why(
     pool: Pool, place: Path, warm_start: Path, tmp_path: Path
 ) -> None:
     options = ["train.batch_size=2", "rollout.parity_tolerance=1e-12", "eval.limit=1", f"run.dir={tmp_path}/run"]
-    with pytest.raises(AssertionError, match=r"ParityError: the engine's log-probabilities differ .* by up to"):
-        pool.run(train, 1, str(place), f"{QUICKSTART}/grpo.yaml", options)
+    for said in pool.run(train_and_fail, 2, str(place), f"{QUICKSTART}/grpo.yaml", ["parallel.dp=2", *options]):
+        assert said.startswith("the engine's log-probabilities differ from the trainer's by up to")
+    assert [row["step"] for row in steps(tmp_path / "run")] == [0]
 
 
 def test_reasoning_gym_with_a_chat_template(pool: Pool, tmp_path: Path) -> None:
