@@ -13,9 +13,9 @@ def tiny_model(
 
     99 tokens divide by neither 2 nor 4 tensor-parallel ranks.
     """
-    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
-    config = {"llama": LlamaConfig, "qwen2": Qwen2Config}[family](
+    config = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}[family](
         vocab_size=vocab_size,
         hidden_size=64,
         intermediate_size=96,

@@ -180,10 +180,12 @@ def test_layouts_agree(pool: Pool, model: Path, reference: dict, case: Case) -> 
         assert difference(found, reference) < 1e-5
 
 
-def test_untied_model_agrees(pool: Pool, tmp_path: Path) -> None:
-    model = str(tiny_model(tmp_path / "llama", "llama"))
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_untied_models_agree(pool: Pool, tmp_path: Path, family: str) -> None:
+    """Llama; and Qwen3, whose query and key norms see only their rank's heads."""
+    model = str(tiny_model(tmp_path / family, family))
     expected = pool.run(gradients, 1, model, {}, WIDE, False, "float32")[0]
-    for layout, world in (({"tp": 2, "sequence_parallel": True}, 2), ({"pp": 2}, 2)):
+    for layout, world in (({"tp": 2}, 2), ({"tp": 2, "sequence_parallel": True}, 2), ({"pp": 2}, 2)):
         for found in pool.run(gradients, world, model, layout, NARROW, False, "float32"):
             assert difference(found, expected) < 1e-5
 

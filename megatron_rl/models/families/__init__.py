@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_rl.models.families import llama, qwen2
+from megatron_rl.models.families import llama, qwen2, qwen3
 from megatron_rl.models.hf_map import Rule
 
 
@@ -12,9 +12,11 @@ class Family:
 
     rules: tuple[Rule, ...]
     qkv_bias: bool = False
+    qk_norm: bool = False
 
 
 FAMILIES = {
     "llama": Family(rules=llama.RULES),
     "qwen2": Family(rules=qwen2.RULES, qkv_bias=True),
+    "qwen3": Family(rules=qwen3.RULES, qk_norm=True),
 }
