@@ -61,6 +61,7 @@ class ParallelConfig:
     dp: int | None = None  # null: what the world has beyond tp * pp
     vpp: int = 1  # model chunks per pipeline stage, interleaved
     sequence_parallel: bool = False
+    recompute: bool = False  # keep only each layer's input, and compute its activations again in the backward pass
 
 
 @dataclass(kw_only=True)

@@ -20,7 +20,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mesh:
-    """Sizes, this process's coordinates, and process groups of the axes tp (tensor), pp (pipeline), dp (data)."""
+    """Sizes, this process's coordinates, and process groups of the axes tp (tensor), pp (pipeline), dp (data).
+
+    `recompute` is no axis, but like sequence parallelism a way to hold less per rank without changing a number.
+    """
 
     tp_size: int
     tp_rank: int
@@ -35,6 +38,7 @@ class Mesh:
     rank: int
     vpp_size: int
     sequence_parallel: bool
+    recompute: bool
 
     @property
     def is_last_stage(self) -> bool:
@@ -79,7 +83,14 @@ def join_world(timeout_s: float = 600.0) -> None:
 
 
 def create_mesh(
-    *, tp: int = 1, pp: int = 1, vpp: int = 1, dp: int | None = None, sequence_parallel: bool = False, seed: int = 0
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    vpp: int = 1,
+    dp: int | None = None,
+    sequence_parallel: bool = False,
+    recompute: bool = False,
+    seed: int = 0,
 ) -> Mesh:
     """Builds the process groups and seeds every generator. `dp` defaults to what the world leaves over."""
     join_world()
@@ -113,6 +124,7 @@ def create_mesh(
         rank=dist.get_rank(),
         vpp_size=vpp,
         sequence_parallel=sequence_parallel,
+        recompute=recompute,
     )
 
 

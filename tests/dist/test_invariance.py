@@ -37,6 +37,8 @@ CASES = {
     "pp2_vpp2": Case(2, (("pp", 2), ("vpp", 2)), NARROW),
     "dp2": Case(2, (("dp", 2),)),
     "dp2_split": Case(2, (("dp", 2),), NARROW),
+    "tp2_sp_recompute": Case(2, (("tp", 2), ("sequence_parallel", True), ("recompute", True)), NARROW),
+    "pp2_vpp2_recompute": Case(2, (("pp", 2), ("vpp", 2), ("recompute", True)), NARROW),
     "tp2_pp2": Case(4, (("tp", 2), ("pp", 2)), NARROW),
     "tp2_dp2_sp": Case(4, (("tp", 2), ("dp", 2), ("sequence_parallel", True)), NARROW),
 }

@@ -34,7 +34,7 @@ def attributes_read() -> set[str]:
 
 
 # The layout is handed on whole, as keyword arguments of the mesh.
-HANDED_ON = {("parallel", name) for name in ("tp", "pp", "vpp", "dp", "sequence_parallel")}
+HANDED_ON = {("parallel", name) for name in ("tp", "pp", "vpp", "dp", "sequence_parallel", "recompute")}
 
 
 @pytest.mark.parametrize("trainer", SCHEMAS)
