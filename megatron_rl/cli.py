@@ -5,7 +5,8 @@ import sys
 from collections.abc import Sequence
 
 from megatron_rl import __version__
-from megatron_rl.config.load import ConfigError, load_config
+from megatron_rl.config.load import load_config
+from megatron_rl.config.rules import ConfigError
 from megatron_rl.launch import torchrun
 
 VERBS = ("train",)

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
 from yaml import YAMLError
 
-from megatron_rl.config.schema import SCHEMAS, Algorithm, DType, GrpoConfig, RolloutConfig, SftConfig
-
-Config = SftConfig | GrpoConfig
-
-AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
+from megatron_rl.config.rules import Config, ConfigError, check
+from megatron_rl.config.schema import SCHEMAS, Algorithm, DType, GrpoConfig, SftConfig
 
 # GRPO (Shao et al., 2024, with dual clip), Dr. GRPO (Liu et al., 2025), GSPO (Zheng et al., 2025).
 ALGORITHM_DEFAULTS: dict[Algorithm, dict[str, Any]] = {
@@ -42,35 +40,49 @@ ALGORITHM_DEFAULTS: dict[Algorithm, dict[str, Any]] = {
 }
 
 
-class ConfigError(ValueError):
-    """The user's configuration cannot be run; the message names the field, the value and what to change."""
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A config, and for every option (dotted) where its value comes from."""
+
+    config: Config
+    origins: dict[str, str]
 
 
-def _fields(schema: type, prefix: str = "") -> Iterator[str]:
-    """Every dotted key of a schema, sections included."""
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """Some options and where they were written."""
+
+    origin: str
+    options: DictConfig
+
+
+def _options(schema: type, prefix: str = "") -> Iterator[str]:
+    """Every option of a schema, as a dotted key."""
     for item in dataclasses.fields(schema):
-        yield prefix + item.name
         if dataclasses.is_dataclass(item.type):
-            yield from _fields(item.type, f"{prefix}{item.name}.")  # type: ignore[arg-type]
+            yield from _options(item.type, f"{prefix}{item.name}.")  # type: ignore[arg-type]
+        else:
+            yield prefix + item.name
 
 
-def _unknown(schema: type, trainer: str, key: str) -> ConfigError:
-    known = list(_fields(schema))
-    near = difflib.get_close_matches(key, known, 1, cutoff=0.5)
-    if not near:
-        near = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]][:1]
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+def _unknown(trainer: str, key: str) -> ConfigError:
+    """Names the nearest key, or the trainer that has this one."""
+    known = list(_options(SCHEMAS[trainer]))
+    near = difflib.get_close_matches(key, known, 1, cutoff=0.6)
+    near = near or [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]][:1]
+    owners = [other for other, schema in SCHEMAS.items() if key in set(_options(schema))]
+    hint = f"; it belongs to trainer {owners[0]!r}" if owners else f"; did you mean {near[0]!r}?" if near else ""
     return ConfigError(f"unknown key {key!r} for trainer {trainer!r}{hint}")
 
 
-def _merge(config: DictConfig, change: Any, schema: type, trainer: str, origin: str) -> DictConfig:
+def _merge(config: DictConfig, layer: _Layer, trainer: str) -> DictConfig:
     try:
-        merged = OmegaConf.merge(config, change)
+        merged = OmegaConf.merge(config, layer.options)
     except ConfigKeyError as error:
-        raise _unknown(schema, trainer, str(error.full_key)) from error
+        raise _unknown(trainer, str(error.full_key)) from error
     except (ValidationError, OmegaConfBaseException) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"{origin}: {getattr(error, 'full_key', '') or 'config'}: {reason}") from error
+        raise ConfigError(f"{layer.origin}: {getattr(error, 'full_key', '') or 'config'}: {reason}") from error
     assert isinstance(merged, DictConfig)
     return merged
 
@@ -79,30 +91,68 @@ def _read(path: Path) -> DictConfig:
     if not path.is_file():
         raise ConfigError(f"config file {str(path)!r} does not exist")
     try:
-        user = OmegaConf.load(path)
-    except YAMLError as error:
+        options = OmegaConf.load(path)
+    except (YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(user, DictConfig):
+    if not isinstance(options, DictConfig):
         raise ConfigError(f"{path} must hold keys and values, not a list")
-    return user
+    return options
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Schema defaults < the YAML file < `a.b=c` overrides; then the checks."""
+def _file_layers(path: Path, above: tuple[Path, ...] = ()) -> list[_Layer]:
+    """The file's layer, after those of the file that its `base` names (relative to it)."""
+    path = path.resolve() if above else path
+    if path.resolve() in above:
+        raise ConfigError(f"{above[-1]}: base={str(path)!r} leads back to itself")
+    options = _read(path)
+    base = options.pop("base", None)
+    layers = [] if base is None else _file_layers(path.parent / str(base), (*above, path.resolve()))
+    return [*layers, _Layer(str(path), options)]
+
+
+def _override_layer(override: str) -> _Layer:
+    key, equals, _ = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r} is not of the form a.b=c")
+    try:
+        return _Layer(f"override {override!r}", OmegaConf.from_dotlist([override]))
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"override {override!r} cannot be read: {' '.join(str(error).split())}") from error
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
+    """Schema defaults < the YAML file's `base` < the file < `a.b=c` overrides; then the checks."""
     path = Path(path)
-    user = _read(path)
-    trainer = user.get("trainer")
+    layers = [*_file_layers(path), *map(_override_layer, overrides)]
+    named = [layer.options.get("trainer") for layer in layers if "trainer" in layer.options]
+    trainer = named[0] if named else None
     if trainer not in SCHEMAS:
         raise ConfigError(f"{path}: trainer={trainer!r} is not one of {', '.join(SCHEMAS)}")
-    schema = SCHEMAS[trainer]
-    config = _merge(OmegaConf.structured(schema), user, schema, trainer, str(path))
-    for override in overrides:
-        key, equals, _ = override.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"override {override!r} is not of the form a.b=c")
-        config = _merge(config, OmegaConf.from_dotlist([override]), schema, trainer, f"override {override!r}")
-    if config.trainer != trainer:
-        raise ConfigError(f"trainer={config.trainer!r} cannot be overridden; the file says {trainer!r}")
+    if any(other != trainer for other in named):
+        raise ConfigError(f"trainer={named[-1]!r} cannot be overridden; the file says {trainer!r}")
+    config = OmegaConf.structured(SCHEMAS[trainer])
+    origins = dict.fromkeys(_options(SCHEMAS[trainer]), "default")
+    for layer in layers:
+        config = _merge(config, layer, trainer)
+        written = OmegaConf.to_container(layer.options)
+        origins.update(dict.fromkeys((key for key in origins if _holds(written, key)), layer.origin))
+    result = _to_object(config, path)
+    for key in _complete(result):
+        origins[key] = "derived"
+    check(result)
+    return Loaded(result, origins)
+
+
+def _holds(written: Any, key: str) -> bool:
+    """Whether nested options contain the dotted key."""
+    for part in key.split("."):
+        if not isinstance(written, dict) or part not in written:
+            return False
+        written = written[part]
+    return True
+
+
+def _to_object(config: DictConfig, path: Path) -> Config:
     try:
         OmegaConf.resolve(config)
         missing = sorted(OmegaConf.missing_keys(config))
@@ -112,13 +162,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except (MissingMandatoryValue, OmegaConfBaseException) as error:
         raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from error
     assert isinstance(result, SftConfig | GrpoConfig)
-    if isinstance(result, GrpoConfig):
-        _name_the_algorithm(result)
-    if result.rollout.parity_tolerance is None:
-        # Two implementations of one bfloat16 model differ by about this much on a token now and then.
-        result.rollout.parity_tolerance = 1e-3 if result.model.dtype is DType.float32 else 0.25
-    check(result)
     return result
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """`load`, without the origins."""
+    return load(path, overrides).config
 
 
 def save_config(config: Config, path: str | Path) -> None:
@@ -126,98 +175,16 @@ def save_config(config: Config, path: str | Path) -> None:
     Path(path).write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
-def _name_the_algorithm(config: GrpoConfig) -> None:
-    """Fills what the user left open with the named algorithm's own values."""
-    for key, value in ALGORITHM_DEFAULTS[config.algorithm.name].items():
-        if getattr(config.algorithm, key) is None:
-            setattr(config.algorithm, key, value)
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise ConfigError(message)
-
-
-def _check_positive(config: Config) -> None:
-    values: dict[str, float] = {
-        "parallel.tp": config.parallel.tp,
-        "parallel.pp": config.parallel.pp,
-        "parallel.vpp": config.parallel.vpp,
-        "train.steps": config.train.steps,
-        "train.batch_size": config.train.batch_size,
-        "train.max_tokens_per_micro_batch": config.train.max_tokens_per_micro_batch,
-        "data.max_prompt_tokens": config.data.max_prompt_tokens,
-        "rollout.max_new_tokens": config.rollout.max_new_tokens,
-        "rollout.max_sequences": config.rollout.max_sequences,
-        "rollout.group_size": config.rollout.group_size,
-        "reward.workers": config.reward.workers,
-        "reward.deadline_s": config.reward.deadline_s,
-        "optim.clip_grad": config.optim.clip_grad,
-        "checkpoint.keep": config.checkpoint.keep,
-    }
-    if config.parallel.dp is not None:
-        values["parallel.dp"] = config.parallel.dp
-    for key, value in values.items():
-        _require(value > 0, f"{key}={value} must be greater than 0")
-    for key, value in {
-        "optim.lr": config.optim.lr,
-        "optim.warmup_steps": config.optim.warmup_steps,
-        "eval.every": config.eval.every,
-        "eval.samples": config.eval.samples,
-        "checkpoint.every": config.checkpoint.every,
-        "rollout.parity_every": config.rollout.parity_every,
-    }.items():
-        _require(value >= 0, f"{key}={value} must not be negative")
-
-
-def _check_rollout(rollout: RolloutConfig) -> None:
-    _require(rollout.engine == "hf", f"rollout.engine={rollout.engine!r} is not one of: hf")
-    _require(rollout.temperature > 0, f"rollout.temperature={rollout.temperature} must be greater than 0")
-    _require(0 < rollout.top_p <= 1, f"rollout.top_p={rollout.top_p} must be in (0, 1]")
-    _require(rollout.top_k >= 0, f"rollout.top_k={rollout.top_k} must not be negative; 0 means no limit")
-
-
-def check(config: Config) -> None:
-    """Values and combinations that cannot be run; raises ConfigError on the first."""
-    _check_positive(config)
-    _check_rollout(config.rollout)
-    parallel = config.parallel
-    _require(
-        parallel.vpp == 1 or parallel.pp > 1,
-        f"parallel.vpp={parallel.vpp} needs parallel.pp > 1: it cuts stages in chunks",
-    )
-    _require(
-        not parallel.sequence_parallel or parallel.tp > 1,
-        "parallel.sequence_parallel=true needs parallel.tp > 1: with one tensor rank nothing is cut",
-    )
-    _require(
-        config.optim.min_lr <= config.optim.lr,
-        f"optim.min_lr={config.optim.min_lr} is above optim.lr={config.optim.lr}",
-    )
+def _complete(config: Config) -> list[str]:
+    """Fills what was left open: the named algorithm's own values, the tolerance that fits the precision."""
+    filled = []
     if isinstance(config, GrpoConfig):
-        _check_grpo(config)
-
-
-def _check_grpo(config: GrpoConfig) -> None:
-    algorithm, updates = config.algorithm, config.train.updates_per_step
-    _require(
-        algorithm.aggregation in AGGREGATIONS,
-        f"algorithm.aggregation={algorithm.aggregation!r} is not one of {', '.join(AGGREGATIONS)}",
-    )
-    _require(
-        config.rollout.group_size > 1,
-        f"rollout.group_size={config.rollout.group_size} must be at least 2: advantages compare answers to one prompt",
-    )
-    _require(
-        updates > 0 and config.train.batch_size % updates == 0,
-        f"train.updates_per_step={updates} does not divide train.batch_size={config.train.batch_size}",
-    )
-    _require(
-        not algorithm.dual_clip or algorithm.dual_clip > 1,
-        f"algorithm.dual_clip={algorithm.dual_clip} must be above 1, or 0 for none",
-    )
-    _require(
-        config.rollout.top_p == 1.0 and config.rollout.top_k == 0,
-        "rollout.top_p < 1 or rollout.top_k > 0 would train on samples of another distribution than the loss assumes; "
-        "use them for evaluation and supervised runs only",
-    )
+        for key, value in ALGORITHM_DEFAULTS[config.algorithm.name].items():
+            if getattr(config.algorithm, key) is None:
+                setattr(config.algorithm, key, value)
+                filled.append(f"algorithm.{key}")
+    if config.rollout.parity_tolerance is None:
+        # Two implementations of one bfloat16 model differ by about this much on a token now and then.
+        config.rollout.parity_tolerance = 1e-3 if config.model.dtype is DType.float32 else 0.25
+        filled.append("rollout.parity_tolerance")
+    return filled

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from math import comb
 
-from megatron_rl.config.load import Config
+from megatron_rl.config.rules import Config
 from megatron_rl.rollout.engine import Sampling
 from megatron_rl.rollout.sync import push
 from megatron_rl.trainers.parts import Parts, score

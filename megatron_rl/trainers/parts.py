@@ -7,7 +7,7 @@ from typing import Any
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
-from megatron_rl.config.load import Config
+from megatron_rl.config.rules import Config
 from megatron_rl.config.schema import DataConfig, SftDataConfig
 from megatron_rl.data.sources import ExampleEncoder, ExampleSource, PromptEncoder, PromptSource, Rows, load_rows
 from megatron_rl.data.tokenizer import load_tokenizer, pad_id, read_generation_eos, stop_ids

@@ -8,7 +8,8 @@ import torch.distributed as dist
 
 from megatron_rl.checkpoint.hf import write_model
 from megatron_rl.checkpoint.store import CheckpointStore
-from megatron_rl.config.load import Config, save_config
+from megatron_rl.config.load import save_config
+from megatron_rl.config.rules import Config
 from megatron_rl.config.schema import GrpoConfig, SftConfig
 from megatron_rl.metrics.timing import Timer
 from megatron_rl.metrics.writer import Writer

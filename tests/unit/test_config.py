@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.cli import main
-from megatron_rl.config.load import ConfigError, load_config, save_config
+from megatron_rl.config.load import load, load_config, save_config
+from megatron_rl.config.rules import ConfigError
 
 GRPO = """
 trainer: grpo
@@ -27,6 +28,25 @@ def test_file_then_overrides(file: Path) -> None:
     config = load_config(file, ["optim.lr=3e-4", "parallel.tp=2", "data.task={size: 7}"])
     assert (config.optim.lr, config.parallel.tp, config.data.task) == (3e-4, 2, {"size": 7})
     assert config.train.steps == 3 and config.rollout.temperature == 1.0
+
+
+def test_base_files_and_origins(tmp_path: Path) -> None:
+    """defaults < base < file < override, and each value says where it was written."""
+    (tmp_path / "common").mkdir()
+    (tmp_path / "common" / "base.yaml").write_text(GRPO + "optim: {lr: 1e-3, beta2: 0.95}\n")
+    user = tmp_path / "user.yaml"
+    user.write_text("base: common/base.yaml\noptim: {lr: 2e-3}\nreward: {options: {answer_key: a}}\n")
+    loaded = load(user, ["optim.clip_grad=0.5"])
+    optim = loaded.config.optim
+    assert (optim.beta1, optim.beta2, optim.lr, optim.clip_grad) == (0.9, 0.95, 2e-3, 0.5)
+    origins = {key: Path(origin).name for key, origin in loaded.origins.items()}
+    assert origins["optim.beta1"] == "default" and origins["optim.beta2"] == "base.yaml"
+    assert origins["optim.lr"] == origins["reward.options"] == "user.yaml"
+    assert origins["optim.clip_grad"] == "override 'optim.clip_grad=0.5'"
+    assert origins["algorithm.clip_low"] == "derived"
+    (tmp_path / "common" / "base.yaml").write_text("base: ../user.yaml\n")
+    with pytest.raises(ConfigError, match="leads back to itself"):
+        load(user)
 
 
 def test_algorithms_are_named_settings(file: Path) -> None:
@@ -54,7 +74,7 @@ def test_parity_tolerance_follows_the_precision(file: Path) -> None:
     [
         (["optim.learning_rate=1"], r"unknown key 'optim.learning_rate' .* mean 'optim"),
         (["optim.lrr=1"], r"unknown key 'optim.lrr' for trainer 'grpo'; did you mean 'optim.lr'"),
-        (["data.response_key=x"], r"unknown key 'data.response_key' for trainer 'grpo'"),
+        (["data.response_key=x"], r"unknown key 'data.response_key' for trainer 'grpo'; it belongs to trainer 'sft'"),
         (["train.steps=many"], r"train.steps.*many"),
         (["model.dtype=fp8"], r"model.dtype.*fp8"),
         (["train.steps"], r"'train.steps' is not of the form a.b=c"),

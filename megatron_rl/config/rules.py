@@ -1,0 +1,101 @@
+"""Values and combinations that cannot be run."""
+
+from megatron_rl.config.schema import GrpoConfig, RolloutConfig, SftConfig
+
+Config = SftConfig | GrpoConfig
+
+AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
+
+
+class ConfigError(ValueError):
+    """The user's configuration cannot be run; the message names the field, the value and what to change."""
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ConfigError(message)
+
+
+def _check_positive(config: Config) -> None:
+    values: dict[str, float] = {
+        "parallel.tp": config.parallel.tp,
+        "parallel.pp": config.parallel.pp,
+        "parallel.vpp": config.parallel.vpp,
+        "train.steps": config.train.steps,
+        "train.batch_size": config.train.batch_size,
+        "train.max_tokens_per_micro_batch": config.train.max_tokens_per_micro_batch,
+        "data.max_prompt_tokens": config.data.max_prompt_tokens,
+        "rollout.max_new_tokens": config.rollout.max_new_tokens,
+        "rollout.max_sequences": config.rollout.max_sequences,
+        "rollout.group_size": config.rollout.group_size,
+        "reward.workers": config.reward.workers,
+        "reward.deadline_s": config.reward.deadline_s,
+        "optim.clip_grad": config.optim.clip_grad,
+        "checkpoint.keep": config.checkpoint.keep,
+    }
+    if config.parallel.dp is not None:
+        values["parallel.dp"] = config.parallel.dp
+    for key, value in values.items():
+        _require(value > 0, f"{key}={value} must be greater than 0")
+    for key, value in {
+        "optim.lr": config.optim.lr,
+        "optim.warmup_steps": config.optim.warmup_steps,
+        "eval.every": config.eval.every,
+        "eval.samples": config.eval.samples,
+        "checkpoint.every": config.checkpoint.every,
+        "rollout.parity_every": config.rollout.parity_every,
+    }.items():
+        _require(value >= 0, f"{key}={value} must not be negative")
+
+
+def _check_rollout(rollout: RolloutConfig) -> None:
+    _require(rollout.engine == "hf", f"rollout.engine={rollout.engine!r} is not one of: hf")
+    _require(rollout.temperature > 0, f"rollout.temperature={rollout.temperature} must be greater than 0")
+    _require(0 < rollout.top_p <= 1, f"rollout.top_p={rollout.top_p} must be in (0, 1]")
+    _require(rollout.top_k >= 0, f"rollout.top_k={rollout.top_k} must not be negative; 0 means no limit")
+
+
+def check(config: Config) -> None:
+    """Values and combinations that cannot be run; raises ConfigError on the first."""
+    _check_positive(config)
+    _check_rollout(config.rollout)
+    parallel = config.parallel
+    _require(
+        parallel.vpp == 1 or parallel.pp > 1,
+        f"parallel.vpp={parallel.vpp} needs parallel.pp > 1: it cuts stages in chunks",
+    )
+    _require(
+        not parallel.sequence_parallel or parallel.tp > 1,
+        "parallel.sequence_parallel=true needs parallel.tp > 1: with one tensor rank nothing is cut",
+    )
+    _require(
+        config.optim.min_lr <= config.optim.lr,
+        f"optim.min_lr={config.optim.min_lr} is above optim.lr={config.optim.lr}",
+    )
+    if isinstance(config, GrpoConfig):
+        _check_grpo(config)
+
+
+def _check_grpo(config: GrpoConfig) -> None:
+    algorithm, updates = config.algorithm, config.train.updates_per_step
+    _require(
+        algorithm.aggregation in AGGREGATIONS,
+        f"algorithm.aggregation={algorithm.aggregation!r} is not one of {', '.join(AGGREGATIONS)}",
+    )
+    _require(
+        config.rollout.group_size > 1,
+        f"rollout.group_size={config.rollout.group_size} must be at least 2: advantages compare answers to one prompt",
+    )
+    _require(
+        updates > 0 and config.train.batch_size % updates == 0,
+        f"train.updates_per_step={updates} does not divide train.batch_size={config.train.batch_size}",
+    )
+    _require(
+        not algorithm.dual_clip or algorithm.dual_clip > 1,
+        f"algorithm.dual_clip={algorithm.dual_clip} must be above 1, or 0 for none",
+    )
+    _require(
+        config.rollout.top_p == 1.0 and config.rollout.top_k == 0,
+        "rollout.top_p < 1 or rollout.top_k > 0 would train on samples of another distribution than the loss assumes; "
+        "use them for evaluation and supervised runs only",
+    )
