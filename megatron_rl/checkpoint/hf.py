@@ -1,6 +1,7 @@
 """Hugging Face model directories: slices read from safetensors, whole models written to them."""
 
 import json
+import math
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -56,6 +57,10 @@ class SafetensorsReader:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._slice(name).get_shape())
+
+    def size(self, name: str) -> int:
+        """Elements of the whole tensor."""
+        return math.prod(self.shape(name))
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         length = self.shape(name)[0]

@@ -57,8 +57,8 @@ def fit_prompt(token_ids: TokenIds, max_prompt_tokens: int, truncation_side: Tru
     if truncation_side == "right":
         return token_ids[:max_prompt_tokens]
     raise ValueError(
-        f"the prompt has {len(token_ids)} tokens, more than max_prompt_tokens={max_prompt_tokens}: raise "
-        "max_prompt_tokens, shorten the prompt, or set truncation_side to left or right"
+        f"the prompt has {len(token_ids)} tokens, more than data.max_prompt_tokens={max_prompt_tokens}: raise "
+        "data.max_prompt_tokens, shorten the prompt, or set data.truncation_side to left or right"
     )
 
 

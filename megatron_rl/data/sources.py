@@ -145,7 +145,7 @@ def load_rows(
     name = str(source)
     if name.startswith(TASK_PREFIX):
         if size is None or size < 1:
-            raise ValueError(f"{name} has no end of its own: set size to the number of questions, not {size}")
+            raise ValueError(f"{name} has no end of its own: set data.task.size to the number of questions, not {size}")
         return TaskRows(name.removeprefix(TASK_PREFIX), size=size, seed=seed, options=options or {})
     if size is not None or options:
         raise ValueError(f"size and options are for {TASK_PREFIX}... tasks, and {name!r} is a file: remove them")

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import megatron_rl.parallel.device as device
-from megatron_rl.models.hf_config import ModelShape
+from megatron_rl.models.hf_config import ModelShape, check_layout, layers_on_last_stage
 from megatron_rl.models.hf_map import Heads, WeightMap
 from megatron_rl.models.layer_specs import layer_spec
 from megatron_rl.ops.vocab_shard import VocabShard
@@ -44,30 +44,6 @@ class LanguageModel(GPTModel):
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
-
-
-def check_layout(shape: ModelShape, mesh: Mesh) -> None:
-    """Refuses layouts that do not divide the model, in the terms of the config."""
-    for name, count in (("attention heads", shape.num_heads), ("key/value heads", shape.num_kv_heads)):
-        if count % mesh.tp_size:
-            raise ValueError(f"parallel.tp={mesh.tp_size} does not divide the model's {count} {name}")
-    if shape.ffn_hidden_size % mesh.tp_size:
-        raise ValueError(f"parallel.tp={mesh.tp_size} does not divide the model's MLP size {shape.ffn_hidden_size}")
-    stages = mesh.pp_size * mesh.vpp_size
-    if mesh.vpp_size > 1 and shape.num_layers % stages:
-        raise ValueError(
-            f"parallel.pp={mesh.pp_size} with parallel.vpp={mesh.vpp_size} makes {stages} stages, which do not divide "
-            f"the model's {shape.num_layers} layers"
-        )
-    if layers_on_last_stage(shape.num_layers, mesh.pp_size) < 1:
-        raise ValueError(
-            f"parallel.pp={mesh.pp_size} leaves a stage without one of the model's {shape.num_layers} layers"
-        )
-
-
-def layers_on_last_stage(num_layers: int, pp_size: int) -> int:
-    """Where stages do not divide the layers the last has fewer than the rest: it holds the vocabulary too."""
-    return num_layers - (pp_size - 1) * -(-num_layers // pp_size)
 
 
 def transformer_config(shape: ModelShape, mesh: Mesh, dtype: torch.dtype) -> TransformerConfig:
@@ -124,7 +100,7 @@ def transformer_config(shape: ModelShape, mesh: Mesh, dtype: torch.dtype) -> Tra
 
 def build_model(shape: ModelShape, mesh: Mesh, dtype: torch.dtype) -> list[LanguageModel]:
     """This rank's chunks, with undefined weights: load a checkpoint into them."""
-    check_layout(shape, mesh)
+    check_layout(shape, tp=mesh.tp_size, pp=mesh.pp_size, vpp=mesh.vpp_size)
     config = transformer_config(shape, mesh, dtype)
     rows = padded_vocab_rows(shape.vocab_size, mesh.tp_size)
     chunks = []

@@ -84,3 +84,24 @@ def load_shape(path: str | Path) -> ModelShape:
     if not (Path(path) / "config.json").is_file():
         raise ValueError(f"model.path={str(path)!r} has no config.json: give a Hugging Face model directory")
     return model_shape(AutoConfig.from_pretrained(path))
+
+
+def check_layout(shape: ModelShape, *, tp: int, pp: int, vpp: int) -> None:
+    """Refuses layouts that do not divide the model, in the terms of the config."""
+    for name, count in (("attention heads", shape.num_heads), ("key/value heads", shape.num_kv_heads)):
+        if count % tp:
+            raise ValueError(f"parallel.tp={tp} does not divide the model's {count} {name}")
+    if shape.ffn_hidden_size % tp:
+        raise ValueError(f"parallel.tp={tp} does not divide the model's MLP size {shape.ffn_hidden_size}")
+    if vpp > 1 and shape.num_layers % (pp * vpp):
+        raise ValueError(
+            f"parallel.pp={pp} with parallel.vpp={vpp} makes {pp * vpp} stages, which do not divide the model's "
+            f"{shape.num_layers} layers"
+        )
+    if layers_on_last_stage(shape.num_layers, pp) < 1:
+        raise ValueError(f"parallel.pp={pp} leaves a stage without one of the model's {shape.num_layers} layers")
+
+
+def layers_on_last_stage(num_layers: int, pp: int) -> int:
+    """Where stages do not divide the layers the last has fewer than the rest: it holds the vocabulary too."""
+    return num_layers - (pp - 1) * -(-num_layers // pp)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from megatron_rl.config.rules import ConfigError
 from megatron_rl.parallel.device import ON_CPU, backend, device, seed_everything
 
 # isort: split
@@ -97,12 +98,12 @@ def create_mesh(
     world = dist.get_world_size()
     if world % (tp * pp) or (dp is not None and world != tp * pp * dp):
         wanted = f"a multiple of {tp * pp}" if dp is None else str(tp * pp * dp)
-        raise ValueError(
+        raise ConfigError(
             f"the layout parallel.tp={tp}, parallel.pp={pp}, parallel.dp={dp} needs {wanted} processes, and this run "
             f"has {world}: start as many, or change the layout"
         )
     if sequence_parallel and tp == 1:
-        raise ValueError("parallel.sequence_parallel=true needs parallel.tp > 1: with one tensor rank nothing is cut")
+        raise ConfigError("parallel.sequence_parallel=true needs parallel.tp > 1: with one tensor rank nothing is cut")
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,

@@ -15,8 +15,9 @@ from megatron_rl.metrics.types import Max, Mean, Metrics, Sum, merge
 from megatron_rl.parallel.mesh import Mesh
 from megatron_rl.rollout.engine import Sampling
 from megatron_rl.rollout.sync import check_parity, parity_gap, push
+from megatron_rl.trainers.data import train_prompts
 from megatron_rl.trainers.evaluate import TRAINING
-from megatron_rl.trainers.parts import Parts, score, train_prompts
+from megatron_rl.trainers.parts import Parts, score
 from megatron_rl.trainers.rollout_metrics import rollout_metrics
 from megatron_rl.types import RolloutGroup
 from megatron_rl.workers.objective import PolicyGradient

@@ -16,8 +16,9 @@ from megatron_rl.metrics.writer import Writer
 from megatron_rl.parallel import device
 from megatron_rl.parallel.mesh import Mesh, create_mesh, destroy_mesh
 from megatron_rl.trainers import grpo, sft
+from megatron_rl.trainers.data import held_out_prompts
 from megatron_rl.trainers.evaluate import Evaluator
-from megatron_rl.trainers.parts import Parts, held_out_prompts
+from megatron_rl.trainers.parts import Parts
 from megatron_rl.types import RolloutGroup
 
 SHOWN_ANSWERS = 8

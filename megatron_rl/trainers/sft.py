@@ -8,7 +8,8 @@ from megatron_rl.data.samples import from_example, weighed
 from megatron_rl.data.sources import ExampleSource
 from megatron_rl.metrics.timing import Timer
 from megatron_rl.parallel.mesh import Mesh
-from megatron_rl.trainers.parts import Parts, train_examples
+from megatron_rl.trainers.data import train_examples
+from megatron_rl.trainers.parts import Parts
 from megatron_rl.workers.objective import NegativeLogLikelihood
 
 

@@ -1,6 +1,5 @@
 """One Megatron model under training: forward_backward, step, log_probs, weights out. Four verbs."""
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +65,7 @@ class ModelWorker:
         self.scheduler = _scheduler(self.optimizer, optim, total_steps)
         self.version = 0
         # Embedding and output layer are counted once where they are tied.
-        self.num_parameters = sum(math.prod(reader.shape(name)) for name in weight_map(shape).hf_names())
+        self.num_parameters = sum(reader.size(name) for name in weight_map(shape).hf_names())
 
     def _wrap(self, index: int, chunk: LanguageModel) -> DistributedDataParallel:
         """Gradients are kept and reduced in fp32; the distributed optimizer is on at every size, DP = 1 too."""

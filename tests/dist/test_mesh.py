@@ -1,6 +1,5 @@
 """Layouts: coordinates, and what is refused, in the words of the config."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +39,16 @@ def test_worlds_that_do_not_fit(pool: Pool) -> None:
 
 
 def model_refusals(directory: str) -> list[str]:
-    from megatron_rl.models.build import build_model, check_layout
-    from megatron_rl.models.hf_config import load_shape
+    from megatron_rl.models.build import build_model
+    from megatron_rl.models.hf_config import check_layout, load_shape
     from megatron_rl.parallel.mesh import create_mesh
     from megatron_rl.parallel.schedule import run_schedule
 
     mesh, shape = create_mesh(), load_shape(directory)
     said = []
-    for changes in ({"tp_size": 3}, {"tp_size": 8}, {"pp_size": 2, "vpp_size": 3}, {"pp_size": 5}):
+    for changes in ({"tp": 3}, {"tp": 8}, {"pp": 2, "vpp": 3}, {"pp": 5}):
         with pytest.raises(ValueError) as caught:
-            check_layout(shape, replace(mesh, **changes))
+            check_layout(shape, **({"tp": 1, "pp": 1, "vpp": 1} | changes))
         said.append(str(caught.value))
     chunks = build_model(shape, mesh, torch.float32)
     chunks[0].config.deallocate_pipeline_outputs = True

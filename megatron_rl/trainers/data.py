@@ -1,0 +1,46 @@
+"""The sources that a config names."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from megatron_rl.config.rules import Config
+from megatron_rl.config.schema import DataConfig, SftDataConfig
+from megatron_rl.data.sources import ExampleEncoder, ExampleSource, PromptEncoder, PromptSource, Rows, load_rows
+
+
+def _prompt_encoder(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PromptEncoder:
+    return PromptEncoder(
+        tokenizer=tokenizer,
+        max_prompt_tokens=data.max_prompt_tokens,
+        prompt_key=data.prompt_key,
+        chat=data.chat.value,
+        truncation_side=data.truncation_side.value,
+    )
+
+
+def _rows(source: str, task: Mapping[str, Any]) -> Rows:
+    options = dict(task)
+    return load_rows(source, size=options.pop("size", None), seed=options.pop("seed", 0), options=options or None)
+
+
+def train_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptSource:
+    """The prompts of `data.train`."""
+    rows = _rows(config.data.train, config.data.task)
+    return PromptSource(rows, _prompt_encoder(config.data, tokenizer), seed=config.train.seed)
+
+
+def train_examples(config: Config, tokenizer: PreTrainedTokenizerBase) -> ExampleSource:
+    """The prompts of `data.train` with their responses."""
+    assert isinstance(config.data, SftDataConfig)
+    encoder = ExampleEncoder(prompt=_prompt_encoder(config.data, tokenizer), response_key=config.data.response_key)
+    return ExampleSource(_rows(config.data.train, config.data.task), encoder, seed=config.train.seed)
+
+
+def held_out_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptSource | None:
+    """The prompts of `data.val`, if it is set."""
+    if config.data.val is None:
+        return None
+    rows = _rows(config.data.val, config.data.val_task)
+    return PromptSource(rows, _prompt_encoder(config.data, tokenizer), seed=config.train.seed)

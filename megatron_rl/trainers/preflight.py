@@ -1,0 +1,116 @@
+"""What can be known before a process is started: does the config fit the model, the data and the rewards?
+
+`train` looks before it starts torchrun, so that a mistake is one line and not a traceback per rank; `check` shows what
+it saw.
+"""
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from megatron_rl.checkpoint.hf import SafetensorsReader
+from megatron_rl.config.load import Loaded
+from megatron_rl.config.rules import Config
+from megatron_rl.config.schema import SftConfig
+from megatron_rl.data.chat import encode_response
+from megatron_rl.data.planner import plan_step
+from megatron_rl.data.tokenizer import load_tokenizer
+from megatron_rl.models.hf_config import ModelShape, check_layout, load_shape
+from megatron_rl.models.hf_map import WeightMap
+from megatron_rl.rewards.pool import RewardPool
+from megatron_rl.trainers.data import held_out_prompts, train_examples, train_prompts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Findings:
+    """What a run would start from."""
+
+    parameters: int
+    train_rows: int
+    held_out_rows: int
+    step_lengths: list[int]
+
+
+def preflight(config: Config) -> Findings:
+    """Raises ValueError, in the terms of the config, on what would stop the run; starts no rank and reads no weight."""
+    parallel = config.parallel
+    shape = load_shape(config.model.path)
+    check_layout(shape, tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp)
+    reader = SafetensorsReader(config.model.path)
+    names = WeightMap(shape.family.rules, num_layers=shape.num_layers, tied=shape.tied).hf_names()
+    reader.check(names)
+    tokenizer = load_tokenizer(config.model.path)
+    _check_vocabulary(tokenizer, shape)
+    lengths, rows = _first_step(config, tokenizer)
+    held_out = held_out_prompts(config, tokenizer)
+    if not isinstance(config, SftConfig) or held_out is not None:
+        RewardPool(config.reward.name, config.reward.options, workers=1, deadline_s=config.reward.deadline_s).close()
+    _plan(config, lengths)
+    return Findings(
+        parameters=sum(reader.size(name) for name in names),
+        train_rows=rows,
+        held_out_rows=len(held_out) if held_out is not None else 0,
+        step_lengths=lengths,
+    )
+
+
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, shape: ModelShape) -> None:
+    if len(tokenizer) > shape.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model's vocabulary {shape.vocab_size}: they do not "
+            "belong together, or the model's embedding must be resized"
+        )
+
+
+def _first_step(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
+    """Sequence lengths of the first step, and the rows there are; rollouts count at their longest."""
+    if isinstance(config, SftConfig):
+        examples = train_examples(config, tokenizer)
+        drawn = examples.next(config.train.batch_size)
+        return [len(p.token_ids) + len(encode_response(tokenizer, response)) for p, response in drawn], len(examples)
+    prompts = train_prompts(config, tokenizer)
+    longest = [len(p.token_ids) + config.rollout.max_new_tokens for p in prompts.next(config.train.batch_size)]
+    return [length for length in longest for _ in range(config.rollout.group_size)], len(prompts)
+
+
+def _plan(config: Config, lengths: list[int]) -> list[int]:
+    """Tokens of each micro-batch of the first update on the first rank."""
+    parallel = config.parallel
+    updates = 1 if isinstance(config, SftConfig) else config.train.updates_per_step
+    lengths = lengths[: len(lengths) // updates]
+    plan = plan_step(
+        lengths,
+        dp_size=parallel.dp or 1,
+        max_tokens=config.train.max_tokens_per_micro_batch,
+        min_micro_batches=parallel.pp,
+        multiple_of=parallel.pp if parallel.vpp > 1 else 1,
+    )
+    return [sum(lengths[i] for i in indices) for indices in plan.micro_batches[0]]
+
+
+def describe(loaded: Loaded, findings: Findings) -> str:
+    """The resolved options with their origins, the layout, and how the first step would be cut."""
+    config, parallel = loaded.config, loaded.config.parallel
+    width = max(map(len, loaded.origins))
+    lines = [f"{key:<{width}}  {_value(config, key)!s:<28}  {origin}" for key, origin in loaded.origins.items()]
+    tokens = _plan(config, findings.step_lengths)
+    processes = parallel.tp * parallel.pp * (parallel.dp or 1)
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"model        {findings.parameters:,} parameters in {config.model.path}",
+            f"layout       tp={parallel.tp} pp={parallel.pp} vpp={parallel.vpp} dp={parallel.dp or 1}: "
+            f"{processes} process(es)",
+            f"data         {findings.train_rows} rows to train on, {findings.held_out_rows} held out",
+            f"first update {len(tokens)} micro-batch(es) per rank, {min(tokens)} to {max(tokens)} tokens of at most "
+            f"{config.train.max_tokens_per_micro_batch}",
+        ]
+    )
+
+
+def _value(config: Config, key: str) -> object:
+    value: object = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value

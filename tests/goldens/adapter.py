@@ -1,0 +1,424 @@
+"""Numeric cases of other RL libraries, mapped onto the functions of this one.
+
+`OPS[operation](inputs, params)` takes and returns NumPy arrays; the keys of the result are `out.<name>`,
+`grad.<output>.<input>` and `metric.<name>`. Nothing is computed here: arrays [B, T] become flat tensors over the tokens
+of the mask, the package's functions are called, and gradients are scattered back. A case that asks for something the
+package does not have, or does differently by design, raises NotImplementedError; the inputs alone decide.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_rl.algorithms import advantages, policy_loss
+from megatron_rl.algorithms.policy_loss import PolicyLoss
+from megatron_rl.algorithms.reduction import MODES, token_weights
+from megatron_rl.ops.linear_stats import LinearStats, linear_stats
+from megatron_rl.ops.vocab_shard import VocabShard
+
+Arrays = dict[str, np.ndarray]
+Params = dict[str, Any]
+Result = dict[str, np.ndarray | float]
+
+# Denominators of verl and NeMo are count + 1e-8, ours are the counts.
+_EPSILON = 1e-8
+# Within these bounds on |logp - old_logp| no ratio is clamped, neither per token nor per sequence.
+_MAX_LOG_RATIO, _MAX_SEQUENCE_LOG_RATIO = 20.0, 10.0
+
+
+def _unsupported(condition: bool, reason: str) -> None:
+    if condition:
+        raise NotImplementedError(reason)
+
+
+def _only_neutral(params: Params, **neutral: Any) -> None:
+    """Options the package does not have may only be absent, None, or the value that switches them off."""
+    for name, value in neutral.items():
+        _unsupported(params.get(name) not in (None, value), f"no option like {name} = {params.get(name)}")
+
+
+# Advantages
+
+
+def _grpo(rewards: np.ndarray, groups: np.ndarray, by_std: bool, eps: float, *, zero_singletons: bool) -> np.ndarray:
+    """Advantages [n] of the groups [n], refused where the reference's are not those that we want."""
+    names, ids = np.unique(groups, return_inverse=True)
+    for group in range(len(names)):
+        values = rewards[ids == group]
+        if len(values) == 1:
+            _unsupported(not zero_singletons and values[0] != 0, "a group of one has advantage 0, not its raw score")
+        elif by_std and (values == values[0]).all():
+            exact = np.arange(1, len(values) + 1) * np.longdouble(values[0])
+            leaks = bool((np.cumsum(values, dtype=values.dtype) != exact).any())
+            _unsupported(leaks, "equal rewards give exactly 0; a mean that is rounded, divided by eps, does not")
+    result = advantages.grpo(
+        torch.from_numpy(rewards), torch.from_numpy(ids.reshape(-1)), normalize_by_std=by_std, eps=eps
+    )
+    return result.numpy()
+
+
+def _verl_grpo(zero_singletons: bool) -> Callable[[Arrays, Params], Result]:
+    def run(inputs: Arrays, params: Params) -> Result:
+        scores = inputs["token_level_rewards"].sum(-1)
+        by_std, eps = params["norm_adv_by_std_in_grpo"], params["epsilon"]
+        result = _grpo(scores, inputs["index"], by_std, eps, zero_singletons=zero_singletons)
+        spread = result[:, None] * inputs["response_mask"]
+        return {"out.advantages": spread, "out.returns": spread}
+
+    return run
+
+
+def _cs336_group_normalized_rewards(inputs: Arrays, params: Params) -> Result:
+    rewards = inputs["raw_rewards_in"]
+    _unsupported(params["group_size"] == 1, "the standard deviation of one sample is not defined")
+    groups = np.arange(len(rewards)) // params["group_size"]
+    by_std, eps = params["normalize_by_std"], params["advantage_eps"]
+    return {"out.normalized_rewards": _grpo(rewards, groups, by_std, eps, zero_singletons=True)}
+
+
+def _nemo_grpo_advantage(inputs: Arrays, params: Params) -> Result:
+    _only_neutral(params, use_leave_one_out_baseline=False)
+    _, groups = np.unique(inputs["prompt_ids"], axis=0, return_inverse=True)
+    by_std = params["normalize_rewards"]
+    return {"out.advantages": _grpo(inputs["rewards"], groups.reshape(-1), by_std, 1e-6, zero_singletons=True)}
+
+
+# Reductions
+
+
+def _weights(mask: np.ndarray, mode: str, *, horizon: float | None = None, others: list[int] | None = None) -> Tensor:
+    """Weights [B, T] of a mini-batch that also has sequences of `others` tokens, which lie elsewhere."""
+    _unsupported(mode not in MODES, f"no aggregation {mode}")
+    _unsupported(horizon is not None and horizon != int(horizon), "the horizon is a number of tokens")
+    masks = [torch.from_numpy(row) for row in mask] + [torch.ones(n, dtype=torch.bool) for n in others or []]
+    weights = token_weights(masks, mode, horizon=None if horizon is None else int(horizon))
+    return torch.stack(weights[: len(mask)])
+
+
+def _verl_weights(mask: np.ndarray, params: Params, mode: str) -> Tensor:
+    """verl's denominators: those of these rows, or given for a mini-batch of which other ranks have the rest."""
+    others: list[int] = []
+    tokens, sequences = params.get("batch_num_tokens"), params.get("global_batch_size")
+    if mode == "token-mean" and tokens is not None:
+        others = [int(tokens) - int(mask.sum())]
+        _unsupported(others[0] < 0, "the mini-batch has fewer tokens than its part")
+    elif mode != "token-mean" and sequences is not None:
+        _unsupported(not mask.any(1).all(), "a sequence without tokens is not counted in the mini-batch")
+        others = [1] * (int(sequences) - len(mask))
+    else:
+        _unsupported(not mask.any(), "nothing to average weighs 0, and is not 0 / 0")
+    horizon = params.get("loss_scale_factor") or mask.shape[1]
+    weights = _weights(mask, mode, horizon=horizon, others=others) * (params.get("dp_size") or 1)
+    return _as_verl(weights, mask) if mode == "seq-mean-token-mean" else weights
+
+
+def _as_verl(weights: Tensor, mask: np.ndarray) -> Tensor:
+    """From means over the tokens of a row to sums divided by their count + 1e-8."""
+    counts = torch.from_numpy(mask.sum(1, keepdims=True)).double()
+    return weights * counts / (counts + _EPSILON)
+
+
+def _agg_loss(inputs: Arrays, params: Params) -> Result:
+    mask = inputs["loss_mask"] > 0
+    return _reduced(inputs["loss_mat"], mask, _verl_weights(mask, params, params["loss_agg_mode"]), "loss_mat")
+
+
+def _agg_loss_fork(inputs: Arrays, params: Params) -> Result:
+    divided = params["loss_agg_mode"] != "seq-mean-token-sum-norm"
+    _unsupported(not divided, "seq-mean-token-sum-norm divides by the number of sequences too")
+    return _agg_loss(inputs, params)
+
+
+def _reduced(values: np.ndarray, mask: np.ndarray, weights: Tensor, name: str) -> Result:
+    leaf = torch.from_numpy(values[mask]).requires_grad_()
+    loss = (weights[torch.from_numpy(mask)] * leaf).sum()
+    loss.backward()
+    return {"out.loss": loss.item(), f"grad.loss.{name}": _scattered(leaf, mask)}
+
+
+def _scattered(leaf: Tensor, mask: np.ndarray) -> np.ndarray:
+    assert leaf.grad is not None
+    result = np.zeros(mask.shape, leaf.grad.numpy().dtype)
+    result[mask] = leaf.grad.numpy()
+    return result
+
+
+def _cs336_masked_mean(inputs: Arrays, params: Params) -> Result:
+    return _lines(inputs, params, "token-mean", None)
+
+
+def _cs336_masked_normalize(inputs: Arrays, params: Params) -> Result:
+    return _lines(inputs, params, "seq-mean-token-sum-norm", params["normalize_constant"])
+
+
+def _lines(inputs: Arrays, params: Params, mode: str, horizon: float | None) -> Result:
+    """Every line of tokens along the dimension is a mini-batch of its own."""
+    values, mask = inputs["tensor"], inputs["mask"]
+    if params["dim"] is None:
+        values, mask = values.reshape(-1), mask.reshape(-1)
+    values, mask = (np.moveaxis(array, params["dim"] or 0 if values.ndim > 1 else 0, -1) for array in (values, mask))
+    _unsupported(mode == "token-mean" and not mask.any(-1).all(), "nothing to average weighs 0, and is not 0 / 0")
+    flat = np.ascontiguousarray(mask.reshape(-1, mask.shape[-1])) > 0
+    weights = torch.cat([_weights(line[None], mode, horizon=horizon) for line in flat]).numpy()
+    return {"out.array": (weights * values.reshape(flat.shape)).sum(-1).reshape(mask.shape[:-1])}
+
+
+# Policy losses
+
+
+def _flat(array: np.ndarray, mask: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.broadcast_to(array, mask.shape)[mask])
+
+
+def _ids(mask: np.ndarray) -> Tensor:
+    """To which row each token of the mask belongs."""
+    return torch.from_numpy(np.nonzero(mask)[0])
+
+
+def _policy_case(
+    logp: np.ndarray,
+    old_logp: np.ndarray,
+    advantage: np.ndarray,
+    mask: np.ndarray,
+    weights: Tensor,
+    *,
+    by_sequence: bool = False,
+    name: str = "log_prob",
+    **clip: Any,
+) -> tuple[Result, PolicyLoss]:
+    """The loss `sum(weights * terms)` and its gradient, and the terms."""
+    leaf = _flat(logp, mask).requires_grad_()
+    arguments = leaf, _flat(old_logp, mask), _flat(advantage, mask)
+    if by_sequence:
+        terms = policy_loss.gspo(*arguments, _ids(mask), len(mask), **clip)
+    else:
+        terms = policy_loss.ppo_clip(*arguments, **clip)
+    loss = (weights[torch.from_numpy(mask)] * terms.loss).sum()
+    loss.backward()
+    return {"out.loss": loss.item(), f"grad.loss.{name}": _scattered(leaf, mask)}, terms
+
+
+def _refuse_clamped(logp: np.ndarray, old_logp: np.ndarray, mask: np.ndarray, by_sequence: bool = False) -> None:
+    """For references that let any ratio pass."""
+    difference = np.abs(logp - old_logp)[mask]
+    bound = _MAX_SEQUENCE_LOG_RATIO if by_sequence else _MAX_LOG_RATIO
+    _unsupported(bool((difference > bound).any()), f"log-ratios are bounded at {bound}")
+
+
+def _verl_policy_loss(by_sequence: bool) -> Callable[[Arrays, Params], Result]:
+    def run(inputs: Arrays, params: Params) -> Result:
+        _unsupported("rollout_is_weights" in inputs, "no rollout correction")
+        logp, old_logp, mask = inputs["log_prob"], inputs["old_log_prob"], inputs["response_mask"] > 0
+        mode = "seq-mean-token-mean" if by_sequence else params["loss_agg_mode"]
+        weights = _verl_weights(mask, params, mode)
+        clip = {"clip_low": params["clip_ratio_low"], "clip_high": params["clip_ratio_high"]}
+        if not by_sequence:
+            clip["dual_clip"] = params["clip_ratio_c"]
+        result, terms = _policy_case(
+            logp, old_logp, inputs["advantages"], mask, weights, by_sequence=by_sequence, **clip
+        )
+        if mask.any():
+            result["metric.actor/pg_clipfrac"] = terms.clipped.double().mean().item()
+            result["metric.actor/pg_clipfrac_lower"] = terms.clipped_low.double().mean().item()
+            # Ours is an estimate, and estimates are not clamped; verl's per-token one is.
+            if by_sequence or np.abs(logp - old_logp)[mask].max() <= _MAX_LOG_RATIO:
+                result["metric.actor/ppo_kl"] = terms.approx_kl.mean().item()
+        return result
+
+    return run
+
+
+def _trl_weights(mask: np.ndarray, loss_type: str, horizon: int | None) -> Tensor:
+    """The reductions of TRL, which Liger follows; their means over rows count those without tokens too."""
+    modes = {
+        "grpo": "seq-mean-token-mean",
+        "bnpo": "token-mean",
+        "dapo": "token-mean",
+        "dr_grpo": "seq-mean-token-sum-norm",
+    }
+    _unsupported(loss_type not in modes, f"no loss like {loss_type}")
+    by_row = loss_type in ("grpo", "dr_grpo")
+    _unsupported(by_row and not mask.any(1).all(), "a sequence without tokens is not counted in the mini-batch")
+    return _weights(mask, modes[loss_type], horizon=horizon)
+
+
+def _trl_grpo_loss(inputs: Arrays, params: Params) -> Result:
+    _unsupported("importance_sampling_ratio" in inputs, "no rollout correction")
+    _only_neutral(params, beta=0.0, delta=None, opsm=None, quant=1.0, vllm=False, entc=0.0, bias=False, gas=1)
+    low, high = params["eps"]
+    return _trl_case(inputs, params["loss_type"], inputs["mask"].shape[1], params["level"], low, high)
+
+
+def _liger_grpo_loss(inputs: Arrays, params: Params) -> Result:
+    _unsupported("importance_sampling_ratio" in inputs, "no rollout correction")
+    _only_neutral(params, beta=0.0, delta=None)
+    horizon, level = params.get("max_completion_length"), params.get("importance_sampling_level", "token")
+    low, high = params.get("epsilon_low", 0.2), params.get("epsilon_high", 0.2)
+    return _trl_case(inputs, params["loss_type"], horizon, level, low, high)
+
+
+def _trl_case(inputs: Arrays, loss_type: str, horizon: int | None, level: str, low: float, high: float) -> Result:
+    mask = inputs["mask"] > 0
+    logp, old_logp, by_sequence = inputs["log_prob"], inputs["old_log_prob"], level == "sequence"
+    weights = _trl_weights(mask, loss_type, horizon)
+    _refuse_clamped(logp, old_logp, mask, by_sequence)
+    clip = {"clip_low": low, "clip_high": high} | ({} if by_sequence else {"dual_clip": None})
+    advantage = inputs["advantages"][:, None]
+    return _policy_case(logp, old_logp, advantage, mask, weights, by_sequence=by_sequence, **clip)[0]
+
+
+def _nemo_clipped_pg(inputs: Arrays, params: Params) -> Result:
+    _unsupported(params.get("reference_policy_kl_penalty", 0.01) != 0, "no KL penalty")
+    _only_neutral(
+        params,
+        disable_ppo_ratio=False,
+        force_on_policy_ratio=False,
+        truncated_importance_sampling_ratio=None,
+        use_cispo=False,
+        use_importance_sampling_correction=False,
+    )
+    mask = (inputs["token_mask"] * inputs["sample_mask"][:, None]) > 0
+    by_token, by_sequence = params.get("token_level_loss", True), params.get("sequence_level_importance_ratios", False)
+    logp, old_logp, advantage = inputs["log_prob"], inputs["old_log_prob"], inputs["advantages"]
+    _refuse_clamped(logp, old_logp, mask, by_sequence)
+    if by_token:
+        weights = _weights(mask, "token-mean")
+    else:
+        idle = bool((inputs["sample_mask"] > mask.any(1)).any())
+        _unsupported(idle, "a sequence without tokens is not counted in the mini-batch")
+        weights = _as_verl(_weights(mask, "seq-mean-token-mean"), mask)
+    clip = {"clip_low": params.get("ratio_clip_min", 0.2), "clip_high": params.get("ratio_clip_max", 0.2)}
+    if by_sequence:
+        varies = any(len(np.unique(row[kept])) > 1 for row, kept in zip(advantage, mask))
+        _unsupported(varies, "a token's gradient is of its own advantage, not of the mean over its sequence")
+    else:
+        clip["dual_clip"] = params.get("ratio_clip_c")
+    return _policy_case(logp, old_logp, advantage, mask, weights, by_sequence=by_sequence, **clip)[0]
+
+
+def _slime_policy_loss(inputs: Arrays, params: Params) -> Result:
+    """The loss as a function of old_logp - logp."""
+    leaf = torch.from_numpy(inputs["ppo_kl"]).requires_grad_()
+    _refuse_clamped(inputs["ppo_kl"], np.zeros_like(inputs["ppo_kl"]), np.ones(leaf.shape, bool))
+    terms = policy_loss.ppo_clip(
+        -leaf,
+        torch.zeros_like(leaf),
+        torch.from_numpy(inputs["advantages"]),
+        clip_low=params["eps_clip"],
+        clip_high=params["eps_clip_high"],
+        dual_clip=params.get("eps_clip_c"),
+    )
+    terms.loss.sum().backward()
+    assert leaf.grad is not None
+    return {
+        "out.pg_losses": terms.loss.detach().numpy(),
+        "out.clipfrac": terms.clipped.to(leaf.dtype).numpy(),
+        "grad.sum.ppo_kl": leaf.grad.numpy(),
+    }
+
+
+def _cs336_grpo_clip_loss(inputs: Arrays, params: Params) -> Result:
+    logp, old_logp = inputs["policy_log_probs"], inputs["old_log_probs"]
+    mask, clip = np.ones(logp.shape, bool), params["cliprange"]
+    _refuse_clamped(logp, old_logp, mask)
+    weights = torch.ones(logp.shape)
+    advantage = inputs["advantages"]
+    terms = _policy_case(logp, old_logp, advantage, mask, weights, clip_low=clip, clip_high=clip, dual_clip=None)[1]
+    return {"out.array": terms.loss.detach().numpy().reshape(logp.shape)}
+
+
+def _cs336_grpo_microbatch_train_step(inputs: Arrays, params: Params) -> Result:
+    _unsupported(params["loss_type"] != "grpo_clip", f"no loss {params['loss_type']}")
+    logp, old_logp, mask = inputs["policy_log_probs"], inputs["old_log_probs"], inputs["response_mask"]
+    _unsupported(not mask.any(1).all(), "nothing to average weighs 0, and is not 0 / 0")
+    _refuse_clamped(logp, old_logp, mask)
+    # The micro-batches of a step have as many sequences each, so the step's mean is the mean of theirs.
+    weights = _weights(mask, "seq-mean-token-mean") / params["gradient_accumulation_steps"]
+    clip = {"clip_low": params["cliprange"], "clip_high": params["cliprange"], "dual_clip": None}
+    advantage = inputs["advantages"]
+    return _policy_case(logp, old_logp, advantage, mask, weights, name="policy_log_probs", **clip)[0]
+
+
+# Statistics of logits
+
+
+def _logit_stats(logits: np.ndarray, labels: np.ndarray | None) -> tuple[Tensor, LinearStats]:
+    """Flat logits [N, V] that take a gradient, and their statistics: the identity is the lm-head."""
+    vocab = logits.shape[-1]
+    leaf = torch.from_numpy(logits.reshape(-1, vocab)).requires_grad_()
+    flat = torch.zeros(len(leaf), dtype=torch.int64) if labels is None else torch.from_numpy(labels.reshape(-1))
+    head = torch.eye(vocab, dtype=leaf.dtype)
+    # Chunks that do not divide the vocabulary, so that the merge is exercised too.
+    return leaf, linear_stats(leaf, head, flat, shard=VocabShard(0, vocab), chunk=5)
+
+
+def _entropy(stats: LinearStats) -> Tensor:
+    assert stats.entropy is not None
+    return stats.entropy
+
+
+def _entropy_from_logits(inputs: Arrays, params: Params) -> Result:
+    leaf, stats = _logit_stats(inputs["logits"], None)
+    entropy = _entropy(stats)
+    entropy.sum().backward()
+    assert leaf.grad is not None
+    shape = inputs["logits"].shape
+    return {
+        "out.entropy": entropy.detach().numpy().reshape(shape[:-1]),
+        "grad.sum_entropy.logits": leaf.grad.numpy().reshape(shape),
+    }
+
+
+def _cs336_compute_entropy(inputs: Arrays, params: Params) -> Result:
+    return {"out.array": _entropy_from_logits(inputs, params)["out.entropy"]}
+
+
+def _logprobs_from_logits(inputs: Arrays, params: Params) -> Result:
+    leaf, stats = _logit_stats(inputs["logits"], inputs["labels"])
+    stats.logp.sum().backward()
+    assert leaf.grad is not None
+    return {
+        "out.logprobs": stats.logp.detach().numpy().reshape(inputs["labels"].shape),
+        "grad.sum_logprobs.logits": leaf.grad.numpy().reshape(inputs["logits"].shape),
+    }
+
+
+def _slime_logprob_entropy(inputs: Arrays, params: Params) -> Result:
+    _unsupported("keep_mask" in inputs, "no sampling mask over the vocabulary")
+    leaf, stats = _logit_stats(inputs["logits"], inputs["target"])
+    entropy = _entropy(stats)
+    of_logp, of_entropy = params["weights"]
+    (of_logp * stats.logp.sum() + of_entropy * entropy.sum()).backward()
+    assert leaf.grad is not None
+    return {
+        "out.log_prob": stats.logp.detach().numpy()[:, None],
+        "out.entropy": entropy.detach().numpy(),
+        f"grad.{of_logp}lp+{of_entropy}ent.logits": leaf.grad.numpy(),
+    }
+
+
+OPS: dict[str, Callable[[Arrays, Params], Result]] = {
+    "agg_loss": _agg_loss,
+    "agg_loss_sdpo_fork": _agg_loss_fork,
+    "compute_grpo_outcome_advantage": _verl_grpo(zero_singletons=False),
+    "compute_grpo_vectorized_outcome_advantage": _verl_grpo(zero_singletons=True),
+    "compute_policy_loss_gspo": _verl_policy_loss(by_sequence=True),
+    "compute_policy_loss_vanilla": _verl_policy_loss(by_sequence=False),
+    "cs336_compute_entropy": _cs336_compute_entropy,
+    "cs336_compute_group_normalized_rewards": _cs336_group_normalized_rewards,
+    "cs336_compute_grpo_clip_loss": _cs336_grpo_clip_loss,
+    "cs336_grpo_microbatch_train_step": _cs336_grpo_microbatch_train_step,
+    "cs336_masked_mean": _cs336_masked_mean,
+    "cs336_masked_normalize": _cs336_masked_normalize,
+    "entropy_from_logits": _entropy_from_logits,
+    "liger_grpo_loss": _liger_grpo_loss,
+    "logprobs_from_logits_naive": _logprobs_from_logits,
+    "nemo_clipped_pg": _nemo_clipped_pg,
+    "nemo_grpo_advantage": _nemo_grpo_advantage,
+    "slime_policy_loss": _slime_policy_loss,
+    "trl_grpo_loss": _trl_grpo_loss,
+    "vocab_parallel_logprob_entropy": _slime_logprob_entropy,
+}

@@ -1,0 +1,130 @@
+"""Bad input ends in one line that names it, before any process is started, and never in a library's traceback."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_rl.cli import main
+from tests.models import tiny_model, tiny_tokenizer
+
+CONFIG = """
+trainer: grpo
+model: {path: model}
+data: {train: train.jsonl, max_prompt_tokens: 6}
+train: {steps: 2, batch_size: 2}
+rollout: {group_size: 2, max_new_tokens: 4}
+run: {dir: run}
+"""
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("prepared")
+    tiny_tokenizer(tiny_model(folder / "model"), 99)
+    rows = [{"prompt": f"w{i} w{i + 1}", "answer": "w5"} for i in range(5, 15)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "config.yaml").write_text(CONFIG)
+    return folder
+
+
+@pytest.fixture
+def folder(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def said(capsys: pytest.CaptureFixture, *overrides: str) -> str:
+    """The one line of a failing `check`."""
+    assert main(["check", "config.yaml", *overrides]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and captured.err.startswith("megatron-rl: ")
+    return captured.err.removeprefix("megatron-rl: ").strip()
+
+
+def test_check_shows_what_it_found(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["check", "config.yaml", "parallel.tp=2", "parallel.pp=2"]) == 0
+    out = capsys.readouterr().out
+    assert "parallel.tp                       2                             override 'parallel.tp=2'" in out
+    assert "layout       tp=2 pp=2 vpp=1 dp=1: 4 process(es)" in out
+    assert "10 rows to train on, 0 held out" in out
+    # Four sequences of at most 2 + 4 tokens, on two stages.
+    assert "first update 2 micro-batch(es) per rank, 12 to 12 tokens of at most 8192" in out
+    assert not (folder / "run").exists()
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    path = folder / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def no_eos(folder: Path) -> None:
+    path = folder / "model" / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    settings.pop("eos_token")
+    path.write_text(json.dumps(settings))
+    (folder / "model" / "special_tokens_map.json").unlink(missing_ok=True)
+
+
+def lost_shard(folder: Path) -> None:
+    index = {"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}}
+    (folder / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def write(name: str, text: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_text(text) and None
+
+
+def remove(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+CASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
+    "data missing": (remove("train.jsonl"), [], ["train.jsonl"]),
+    "data empty": (write("train.jsonl", ""), [], ["train.jsonl", "no rows"]),
+    "data malformed": (write("train.jsonl", '{"prompt": "w5"}\n{"prompt": \n'), [], ["train.jsonl", "line 2"]),
+    "data without key": (write("train.jsonl", '{"question": "w5"}\n'), [], ["line 1", "'prompt'", "question"]),
+    "prompt too long": (lambda folder: None, ["data.max_prompt_tokens=1"], ["2 tokens", "data.max_prompt_tokens"]),
+    "model without config": (remove("model/config.json"), [], ["model.path='model'", "config.json"]),
+    "model without weights": (remove("model/model.safetensors"), [], ["model.path='model'", "safetensors"]),
+    "model without a shard": (lost_shard, [], ["model-00002-of-00002.safetensors", "not there"]),
+    "another family": (lambda f: edit_config(f, model_type="gpt2"), [], ["model_type='gpt2'", "llama"]),
+    "another shape": (lambda f: edit_config(f, num_hidden_layers=5), [], ["lacks model.layers.4"]),
+    "tp and heads": (lambda folder: None, ["parallel.tp=3"], ["parallel.tp=3", "8 attention heads"]),
+    "tp and kv heads": (lambda folder: None, ["parallel.tp=8"], ["parallel.tp=8", "4 key/value heads"]),
+    "stages and layers": (lambda folder: None, ["parallel.pp=5"], ["parallel.pp=5", "4 layers"]),
+    "tokenizer without eos": (no_eos, [], ["eos_token"]),
+    "tokenizer too large": (lambda f: tiny_tokenizer(f / "model", 120), [], ["120 tokens", "99"]),
+    "unknown reward": (lambda folder: None, ["reward.name=exakt"], ["'exakt'", "'exact'"]),
+    "reward that cannot be imported": (write("bad.py", "1 / 0\n"), ["reward.name=bad.py:f"], ["ZeroDivisionError"]),
+    "reward option": (lambda folder: None, ["reward.options={tolerance: 1}"], ["tolerance"]),
+    "micro-batch too small": (
+        lambda folder: None,
+        ["train.max_tokens_per_micro_batch=5"],
+        ["6 tokens", "max_tokens"],
+    ),
+    "task without size": (lambda folder: None, ["data.train=reasoning-gym:chain_sum"], ["data.task.size"]),
+    "unknown task": (
+        lambda folder: None,
+        ["data.train=reasoning-gym:chain_some", "data.task.size=5"],
+        ["chain_some", "chain_sum"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_mistakes(folder: Path, capsys: pytest.CaptureFixture, case: str) -> None:
+    spoil, overrides, words = CASES[case]
+    spoil(folder)
+    line = said(capsys, *overrides)
+    for word in words:
+        assert word in line, line
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_long_prompts_can_be_cut(folder: Path, capsys: pytest.CaptureFixture, side: str) -> None:
+    assert main(["check", "config.yaml", "data.max_prompt_tokens=1", f"data.truncation_side={side}"]) == 0
+    assert "20 to 20 tokens" in capsys.readouterr().out
