@@ -169,5 +169,5 @@ def test_fit_prompt() -> None:
     assert fit_prompt(tokens, 5, "error") == tokens
     assert fit_prompt(tokens, 3, "left") == (3, 4, 5)
     assert fit_prompt(tokens, 3, "right") == (1, 2, 3)
-    with pytest.raises(ValueError, match=r"5 tokens, more than data.max_prompt_tokens=4: .* truncation_side"):
+    with pytest.raises(ValueError, match=r"5 tokens, more than data.max_prompt_tokens=4: .* data.truncation_side"):
         fit_prompt(tokens, 4, "error")
