@@ -60,15 +60,11 @@ def _grpo(rewards: np.ndarray, groups: np.ndarray, by_std: bool, eps: float, *, 
     return result.numpy()
 
 
-def _verl_grpo(zero_singletons: bool) -> Callable[[Arrays, Params], Result]:
-    def run(inputs: Arrays, params: Params) -> Result:
-        scores = inputs["token_level_rewards"].sum(-1)
-        by_std, eps = params["norm_adv_by_std_in_grpo"], params["epsilon"]
-        result = _grpo(scores, inputs["index"], by_std, eps, zero_singletons=zero_singletons)
-        spread = result[:, None] * inputs["response_mask"]
-        return {"out.advantages": spread, "out.returns": spread}
-
-    return run
+def _verl_grpo(inputs: Arrays, params: Params) -> Result:
+    scores = inputs["token_level_rewards"].sum(-1)
+    by_std, eps = params["norm_adv_by_std_in_grpo"], params["epsilon"]
+    spread = _grpo(scores, inputs["index"], by_std, eps, zero_singletons=False)[:, None] * inputs["response_mask"]
+    return {"out.advantages": spread, "out.returns": spread}
 
 
 def _cs336_group_normalized_rewards(inputs: Arrays, params: Params) -> Result:
@@ -156,10 +152,10 @@ def _cs336_masked_normalize(inputs: Arrays, params: Params) -> Result:
 
 def _lines(inputs: Arrays, params: Params, mode: str, horizon: float | None) -> Result:
     """Every line of tokens along the dimension is a mini-batch of its own."""
-    values, mask = inputs["tensor"], inputs["mask"]
-    if params["dim"] is None:
-        values, mask = values.reshape(-1), mask.reshape(-1)
-    values, mask = (np.moveaxis(array, params["dim"] or 0 if values.ndim > 1 else 0, -1) for array in (values, mask))
+    values, mask, dim = inputs["tensor"], inputs["mask"], params["dim"]
+    if dim is None:
+        values, mask, dim = values.reshape(-1), mask.reshape(-1), -1
+    values, mask = np.moveaxis(values, dim, -1), np.moveaxis(mask, dim, -1)
     _unsupported(mode == "token-mean" and not mask.any(-1).all(), "nothing to average weighs 0, and is not 0 / 0")
     flat = np.ascontiguousarray(mask.reshape(-1, mask.shape[-1])) > 0
     weights = torch.cat([_weights(line[None], mode, horizon=horizon) for line in flat]).numpy()
@@ -265,7 +261,7 @@ def _trl_case(inputs: Arrays, loss_type: str, horizon: int | None, level: str, l
     logp, old_logp, by_sequence = inputs["log_prob"], inputs["old_log_prob"], level == "sequence"
     weights = _trl_weights(mask, loss_type, horizon)
     _refuse_clamped(logp, old_logp, mask, by_sequence)
-    clip = {"clip_low": low, "clip_high": high} | ({} if by_sequence else {"dual_clip": None})
+    clip: Params = {"clip_low": low, "clip_high": high} | ({} if by_sequence else {"dual_clip": None})
     advantage = inputs["advantages"][:, None]
     return _policy_case(logp, old_logp, advantage, mask, weights, by_sequence=by_sequence, **clip)[0]
 
@@ -289,7 +285,8 @@ def _nemo_clipped_pg(inputs: Arrays, params: Params) -> Result:
     else:
         idle = bool((inputs["sample_mask"] > mask.any(1)).any())
         _unsupported(idle, "a sequence without tokens is not counted in the mini-batch")
-        weights = _as_verl(_weights(mask, "seq-mean-token-mean"), mask)
+        sequences = mask.any(1).sum()
+        weights = _as_verl(_weights(mask, "seq-mean-token-mean"), mask) * (sequences / (sequences + _EPSILON))
     clip = {"clip_low": params.get("ratio_clip_min", 0.2), "clip_high": params.get("ratio_clip_max", 0.2)}
     if by_sequence:
         varies = any(len(np.unique(row[kept])) > 1 for row, kept in zip(advantage, mask))
@@ -403,8 +400,8 @@ def _slime_logprob_entropy(inputs: Arrays, params: Params) -> Result:
 OPS: dict[str, Callable[[Arrays, Params], Result]] = {
     "agg_loss": _agg_loss,
     "agg_loss_sdpo_fork": _agg_loss_fork,
-    "compute_grpo_outcome_advantage": _verl_grpo(zero_singletons=False),
-    "compute_grpo_vectorized_outcome_advantage": _verl_grpo(zero_singletons=True),
+    "compute_grpo_outcome_advantage": _verl_grpo,
+    "compute_grpo_vectorized_outcome_advantage": _verl_grpo,
     "compute_policy_loss_gspo": _verl_policy_loss(by_sequence=True),
     "compute_policy_loss_vanilla": _verl_policy_loss(by_sequence=False),
     "cs336_compute_entropy": _cs336_compute_entropy,

@@ -129,7 +129,9 @@ def test_a_failed_draw_can_be_drawn_again(tmp_path: Path) -> None:
     rows = load_rows(write_lines(tmp_path / "a.jsonl", '{"prompt": "one"}', '{"prompt": "a long prompt"}'))
     source = Source(rows, PromptEncoder(tokenizer=TOKENIZER, max_prompt_tokens=5), seed=0)
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"a\.jsonl line 2: the prompt has 13 tokens, more than data.max_prompt_token"):
+        with pytest.raises(
+            ValueError, match=r"a\.jsonl line 2: the prompt has 13 tokens, more than data.max_prompt_token"
+        ):
             source.next(2)
     assert source.state_dict()["drawn"] == 0
 
