@@ -125,8 +125,8 @@ def measure(worker: ModelWorker, plain: Any, lengths: Sequence[int], repeats: in
     tokens, work = sum(lengths), flops(plain.config, worker.num_parameters, lengths)
     return (
         f"fill {tokens / (len(lengths) * max(lengths)):4.0%}  here {tokens / mine.wall:7.0f} tok/s  "
-        f"plain {tokens / other.wall:7.0f} tok/s  ratio {other.wall / mine.wall:5.2f} (CPU {other.cpu / mine.cpu:5.2f})  "
-        f"MFU {work / (mine.cpu * rate):4.0%}"
+        f"plain {tokens / other.wall:7.0f} tok/s  ratio {other.wall / mine.wall:5.2f} "
+        f"(CPU {other.cpu / mine.cpu:5.2f})  MFU {work / (mine.cpu * rate):4.0%}"
     )
 
 

@@ -201,7 +201,7 @@ def test_load_rows_refuses(tmp_path: Path) -> None:
         load_rows(tmp_path / "none.jsonl")
     with pytest.raises(ValueError, match="size and options are for reasoning-gym"):
         load_rows(write_rows(tmp_path / "train.jsonl", 2), size=1)
-    with pytest.raises(ValueError, match="set data.task.size to the number of questions, not None"):
+    with pytest.raises(ValueError, match=r"set data\.task\.size to the number of questions, not None"):
         load_rows("reasoning-gym:chain_sum")
 
 
