@@ -5,38 +5,56 @@ Importing torch, transformers and megatron-core costs seconds, so a launch per c
 what each rank returned.
 """
 
+import contextlib
+import gc
 import multiprocessing
 import os
-import tempfile
+import signal
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from torch.distributed import TCPStore
+
 SIZE = 4
 
 
-def _serve(rank: int, pipe: Connection) -> None:
+def _let_go() -> None:
+    """Frees the job's models. Megatron's DDP is held by its own gradient hooks, in a circle Python cannot see, and
+    with it fifty gloo threads a job."""
+    from megatron.core.distributed import DistributedDataParallel
+
+    for thing in gc.get_objects():
+        if isinstance(thing, DistributedDataParallel):
+            vars(thing).clear()
+    gc.collect()
+
+
+def _serve(rank: int, port: int, pipe: Connection) -> None:
     import torch
     import torch.distributed as dist
 
     from megatron_rl.parallel.mesh import destroy_mesh
 
+    os.setpgid(0, 0)  # megatron-core's checkpoint writer forks helpers, which must not outlive this process
     torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port)
     while True:
         try:
             job = pipe.recv()
         except EOFError:  # the test session is gone
             return
-        function, world, rendezvous, args, kwargs = job
+        function, world, name, args, kwargs = job
         try:
-            dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+            dist.init_process_group("gloo", store=dist.PrefixStore(name, store), rank=rank, world_size=world)
             pipe.send((True, function(*args, **kwargs)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
         finally:
             destroy_mesh()
+            _let_go()
 
 
 class Pool:
@@ -44,7 +62,8 @@ class Pool:
 
     def __init__(self) -> None:
         self.workers: list[tuple[Any, Connection]] = []
-        self.folder = tempfile.TemporaryDirectory()
+        # A store in memory: one in a file is polled, which costs as much as the tests.
+        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.jobs = 0
 
     def _start(self) -> None:
@@ -52,7 +71,7 @@ class Pool:
         context = multiprocessing.get_context("spawn")
         for rank in range(SIZE):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, there))
+            process = context.Process(target=_serve, args=(rank, self.store.port, there))
             process.start()
             there.close()
             self.workers.append((process, here))
@@ -62,10 +81,9 @@ class Pool:
         if not self.workers:
             self._start()
         self.jobs += 1
-        rendezvous = f"{self.folder.name}/{self.jobs}"
         pipes = [pipe for _, pipe in self.workers[:world]]
         for pipe in pipes:
-            pipe.send((function, world, rendezvous, args, kwargs))
+            pipe.send((function, world, str(self.jobs), args, kwargs))
         results: dict[Connection, Any] = {}
         deadline = time.monotonic() + timeout_s
         while len(results) < world:
@@ -85,7 +103,9 @@ class Pool:
 
     def close(self) -> None:
         for process, pipe in self.workers:
-            process.kill()
-            process.join()
             pipe.close()
+            process.join(timeout=5)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.join()
         self.workers = []
