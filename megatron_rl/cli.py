@@ -1,16 +1,17 @@
-"""The command line: `megatron-rl train CONFIG [a.b=c ...]` and `megatron-rl check CONFIG [a.b=c ...]`."""
+"""The command line: `megatron-rl train|eval|check CONFIG [a.b=c ...]`."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
 from megatron_rl import __version__
-from megatron_rl.config.load import load
-from megatron_rl.config.rules import ConfigError
+from megatron_rl.config.load import Loaded, load
+from megatron_rl.config.rules import Config, ConfigError
 from megatron_rl.launch import torchrun
 
 VERBS = {
     "train": "train, on this machine's processes or under torchrun",
+    "eval": "answer the held-out problems once, with the run's latest checkpoint or what it would start from",
     "check": "say what `train` would do, and what is wrong, without training",
 }
 
@@ -27,42 +28,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
         verb_parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="options that overrule the file")
     options = parser.parse_args(arguments)
     try:
-        look(options.config, options.overrides, show=options.verb == "check")
+        loaded = load(options.config, options.overrides)
+        look(loaded, options.verb)
     except ValueError as error:
         return mistake(error)
-    if options.verb == "train":
-        try:
-            train(options.config, options.overrides, arguments)
-        except ConfigError as error:
-            return mistake(error)
+    if options.verb == "check":
+        return 0
+    count = torchrun.processes(loaded.config.parallel)
+    if count > 1 and not torchrun.under_torchrun():
+        return torchrun.launch(count, arguments)
+    try:
+        work(loaded.config, options.verb)
+    except ConfigError as error:
+        return mistake(error)
     return 0
 
 
 def mistake(error: ValueError) -> int:
-    """Says it in one line."""
-    print(f"megatron-rl: {' '.join(str(error).split())}", file=sys.stderr)
+    """Says it in one line, once."""
+    if torchrun.is_first():
+        print(f"megatron-rl: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
 
 
-def look(path: str, overrides: Sequence[str], *, show: bool) -> None:
-    """Finds mistakes before any process is started. Under torchrun that is over: whoever started it has looked."""
-    loaded = load(path, overrides)
-    if torchrun.under_torchrun() and not show:
+def look(loaded: Loaded, verb: str) -> None:
+    """Finds mistakes before any process is started, or any rank waits for another."""
+    if verb != "check" and torchrun.is_checked():
         return
     # Imported late: a mistake in the config itself is reported without waiting for torch.
     from megatron_rl.trainers.preflight import describe, preflight
 
     findings = preflight(loaded.config)
-    if show:
+    if verb == "eval" and not findings.held_out_rows:
+        raise ConfigError("eval needs held-out problems: set data.val")
+    if verb == "check":
         print(describe(loaded, findings))
 
 
-def train(path: str, overrides: Sequence[str], arguments: Sequence[str]) -> None:
-    """Trains here, or in the processes that torchrun starts with these same arguments."""
-    config = load(path, overrides).config
-    count = torchrun.processes(config.parallel)
-    if count > 1 and not torchrun.under_torchrun():
-        torchrun.replace_by_torchrun(count, arguments)
-    from megatron_rl.trainers.run import run
+def work(config: Config, verb: str) -> None:
+    """Trains or evaluates, in this process and those beside it."""
+    if verb == "eval":
+        from megatron_rl.trainers.evaluate import evaluate
 
-    run(config)
+        evaluate(config)
+    else:
+        from megatron_rl.trainers.run import run
+
+        run(config)

@@ -8,6 +8,7 @@ previous checkpoint in force.
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,9 +22,13 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.dist_checkpointing.validation import StrictHandling
 
+STATE = "state.json"
+
 
 class Role(Protocol):
-    """A trained model: its sharded state, and how to take it back."""
+    """A trained model: what it is, its sharded state, and how to take it back."""
+
+    def identity(self) -> dict[str, Any]: ...
 
     def sharded_state(self, *, loading: bool) -> dict[str, Any]: ...
 
@@ -42,7 +47,7 @@ class CheckpointStore:
         if not pointer.is_file():
             return None
         path = self.directory / pointer.read_text().strip()
-        if not (path / "state.json").is_file():
+        if not (path / STATE).is_file():
             raise ValueError(f"{pointer} names {path.name}, which is not a complete checkpoint")
         return path
 
@@ -58,7 +63,8 @@ class CheckpointStore:
         dist_checkpointing.save(tensors, str(partial))
         dist.barrier()
         if dist.get_rank() == 0:
-            (partial / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
+            identities = {name: role.identity() for name, role in roles.items()}
+            (partial / STATE).write_text(json.dumps({"step": step, "models": identities, **state}, indent=1))
             _sync_tree(partial)
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
@@ -68,11 +74,12 @@ class CheckpointStore:
 
     def load(self, path: Path, roles: Mapping[str, Role]) -> dict[str, Any]:
         """Collective. Fills the roles and returns the JSON state; a tensor missing on either side is refused."""
-        tensors = dist_checkpointing.load(_subtrees(roles, loading=True), str(path), strict=StrictHandling.RAISE_ALL)
+        for name, role in roles.items():
+            check_model(path, name, role.identity())
+        tensors = _load(path, _subtrees(roles, loading=True), StrictHandling.RAISE_ALL)
         for name, role in roles.items():
             role.load_state(tensors[name])
-        state: dict[str, Any] = json.loads((path / "state.json").read_text())
-        return state
+        return read_state(path)
 
     def _point_at(self, path: Path) -> None:
         pointer = self.directory / "latest.partial"
@@ -85,6 +92,51 @@ class CheckpointStore:
         complete = sorted(p for p in self.directory.glob("step_*") if p.suffix != ".partial")
         for path in complete[: -self.keep]:
             shutil.rmtree(path)
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint that `path` is, or the latest of the run directory that it is."""
+    path = Path(path)
+    if (path / STATE).is_file():
+        return path
+    latest = CheckpointStore(path / "checkpoints", keep=1).latest()
+    if latest is None:
+        raise ValueError(f"model.weights={str(path)!r} is neither 'pretrained' nor 'random' nor a run with checkpoints")
+    return latest
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds beside tensors."""
+    state: dict[str, Any] = json.loads((path / STATE).read_text())
+    return state
+
+
+def check_model(path: Path, role: str, identity: Mapping[str, Any]) -> None:
+    """Refuses the checkpoint of another model, and says what differs."""
+    held = read_state(path)["models"].get(role)
+    if held is None:
+        raise ValueError(f"the checkpoint {path} has no {role!r}")
+    for name, value in identity.items():
+        if held.get(name) != value:
+            raise ValueError(
+                f"the checkpoint {path} is of another model: {name} is {held.get(name)!r} there and {value!r} in "
+                "model.path; name the model it was trained from, or another run.dir"
+            )
+
+
+def load_weights(path: Path, role: str, identity: Mapping[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
+    """Collective. The sharded tensors of `tree` alone, out of what the checkpoint has of `role`."""
+    check_model(path, role, identity)
+    add_prefix_for_sharding(tree, f"{role}.")
+    return _load(path, tree, StrictHandling.RAISE_UNEXPECTED)
+
+
+def _load(path: Path, tree: dict[str, Any], strict: StrictHandling) -> dict[str, Any]:
+    with warnings.catch_warnings():
+        # megatron-core calls what torch has renamed; no user can change that.
+        warnings.simplefilter("ignore", FutureWarning)
+        loaded: dict[str, Any] = dist_checkpointing.load(tree, str(path), strict=strict)
+    return loaded
 
 
 def _subtrees(roles: Mapping[str, Role], *, loading: bool) -> dict[str, Any]:

@@ -170,6 +170,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return load(path, overrides).config
 
 
+def as_dict(config: Config) -> dict[str, Any]:
+    """The resolved config as plain nested values."""
+    plain = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
 def save_config(config: Config, path: str | Path) -> None:
     """Writes the resolved config as YAML that `load_config` reads back."""
     Path(path).write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))

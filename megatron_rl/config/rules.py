@@ -1,6 +1,6 @@
 """Values and combinations that cannot be run."""
 
-from megatron_rl.config.schema import GrpoConfig, RolloutConfig, SftConfig
+from megatron_rl.config.schema import GrpoConfig, KLEstimator, KLPlace, RolloutConfig, SftConfig
 
 Config = SftConfig | GrpoConfig
 
@@ -77,7 +77,7 @@ def check(config: Config) -> None:
 
 
 def _check_grpo(config: GrpoConfig) -> None:
-    algorithm, updates = config.algorithm, config.train.updates_per_step
+    algorithm, mini_batches, kl = config.algorithm, config.train.mini_batches_per_step, config.kl
     _require(
         algorithm.aggregation in AGGREGATIONS,
         f"algorithm.aggregation={algorithm.aggregation!r} is not one of {', '.join(AGGREGATIONS)}",
@@ -87,8 +87,16 @@ def _check_grpo(config: GrpoConfig) -> None:
         f"rollout.group_size={config.rollout.group_size} must be at least 2: advantages compare answers to one prompt",
     )
     _require(
-        updates > 0 and config.train.batch_size % updates == 0,
-        f"train.updates_per_step={updates} does not divide train.batch_size={config.train.batch_size}",
+        mini_batches > 0 and config.train.batch_size % mini_batches == 0,
+        f"train.mini_batches_per_step={mini_batches} does not divide train.batch_size={config.train.batch_size}",
+    )
+    epochs = config.train.epochs_per_step
+    _require(epochs > 0, f"train.epochs_per_step={epochs} must be greater than 0")
+    _require(kl.coeff >= 0, f"kl.coeff={kl.coeff} must not be negative")
+    _require(
+        not (kl.where is KLPlace.loss and kl.estimator is KLEstimator.k1),
+        "kl.estimator=k1 cannot be a loss: its gradient does not depend on the reference; use k2 or k3, or "
+        "kl.where=reward",
     )
     _require(
         not algorithm.dual_clip or algorithm.dual_clip > 1,

@@ -46,9 +46,34 @@ class Algorithm(StrEnum):
     gspo = "gspo"
 
 
+class KLPlace(StrEnum):
+    """Where the distance to the reference counts: nowhere, as a term of the loss, or off the reward."""
+
+    none = "none"
+    loss = "loss"
+    reward = "reward"
+
+
+class KLEstimator(StrEnum):
+    """Schulman's estimators of KL(policy || reference) from samples of the policy; see algorithms/kl.py."""
+
+    k1 = "k1"
+    k2 = "k2"
+    k3 = "k3"
+
+
+PRETRAINED, RANDOM = "pretrained", "random"
+
+
 @dataclass(kw_only=True)
 class ModelConfig:
-    path: str = MISSING  # Hugging Face directory: config.json, *.safetensors, tokenizer
+    path: str = (
+        MISSING  # Hugging Face directory: config.json, tokenizer and, unless `weights` says other, *.safetensors
+    )
+    weights: str = (
+        PRETRAINED  # pretrained, random, or a run directory (its latest checkpoint) or checkpoint to start from
+    )
+    seed: int = 1  # of random weights
     dtype: DType = DType.float32
 
 
@@ -106,7 +131,8 @@ class TrainConfig:
 
 @dataclass(kw_only=True)
 class GrpoTrainConfig(TrainConfig):
-    updates_per_step: int = 1  # mini-batches that a rollout batch is cut into, one optimizer step each
+    mini_batches_per_step: int = 1  # that a rollout batch is cut into, one optimizer step each
+    epochs_per_step: int = 1  # passes over a rollout batch
 
 
 @dataclass(kw_only=True)
@@ -144,6 +170,15 @@ class AlgorithmConfig:
 
 
 @dataclass(kw_only=True)
+class KLConfig:
+    """Keeps the policy near a frozen reference: the model that training starts from."""
+
+    where: KLPlace = KLPlace.none
+    estimator: KLEstimator = KLEstimator.k3
+    coeff: float = 0.001
+
+
+@dataclass(kw_only=True)
 class EvalConfig:
     """Held-out problems are answered greedily, and with `samples` draws for pass@k."""
 
@@ -157,6 +192,13 @@ class EvalConfig:
 class CheckpointConfig:
     every: int = 0  # steps; 0: only after the last
     keep: int = 2
+
+
+@dataclass(kw_only=True)
+class LogConfig:
+    """TensorBoard and metrics.jsonl are always written."""
+
+    wandb: str | None = None  # a Weights & Biases project to log to as well
 
 
 @dataclass(kw_only=True)
@@ -180,6 +222,7 @@ class SftConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
 
@@ -196,8 +239,10 @@ class GrpoConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    kl: KLConfig = field(default_factory=KLConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
 

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from megatron_rl.algorithms.reduction import token_weights
-from megatron_rl.types import Rollout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +44,10 @@ class Sample:
         """A copy with one more field."""
         return replace(self, fields={**self.fields, name: values.float()})
 
+    def with_constant(self, name: str, value: float) -> "Sample":
+        """A copy with one more field, the same at every response token."""
+        return self.with_field(name, torch.full((self.response_length,), value))
+
     def with_loss_field(self, name: str, values: Tensor) -> "Sample":
         """A copy with one more field, known only at the tokens that bear loss; it is zero at the others."""
         full = torch.zeros(self.response_length)
@@ -57,7 +60,7 @@ class Sample:
 
 
 def from_example(sample_id: int, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> Sample:
-    """A demonstration: every response token bears loss."""
+    """A prompt and a response, demonstrated or drawn: every response token bears loss."""
     return Sample(
         id=sample_id,
         token_ids=torch.tensor([*prompt_ids, *response_ids], dtype=torch.int64),
@@ -65,12 +68,6 @@ def from_example(sample_id: int, prompt_ids: Sequence[int], response_ids: Sequen
         loss_mask=torch.ones(len(response_ids), dtype=torch.bool),
         fields={},
     )
-
-
-def from_rollout(sample_id: int, prompt_ids: Sequence[int], rollout: Rollout, advantage: float) -> Sample:
-    """A rollout as it was drawn, with its advantage on every response token."""
-    sample = from_example(sample_id, prompt_ids, rollout.token_ids)
-    return sample.with_field("advantages", torch.full((sample.response_length,), advantage))
 
 
 def weighed(samples: Sequence[Sample], mode: str, *, horizon: int | None = None) -> list[Sample]:

@@ -19,6 +19,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from megatron_rl.data.chat import ChatMode, TruncationSide, encode_prompt, fit_prompt
+from megatron_rl.data.media import refuse_media
 from megatron_rl.types import Prompt
 
 Row = Mapping[str, Any]
@@ -182,6 +183,7 @@ class PromptEncoder:
         return (self.prompt_key,)
 
     def __call__(self, index: int, row: Row) -> Prompt:
+        refuse_media(row)
         text, token_ids = encode_prompt(self.tokenizer, row[self.prompt_key], chat=self.chat)
         token_ids = fit_prompt(token_ids, self.max_prompt_tokens, self.truncation_side)
         return Prompt(index=index, text=text, token_ids=token_ids, row=row)

@@ -5,9 +5,9 @@ A mean travels as its total and its count, so that nothing is ever an average of
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import NamedTuple, Self
 
 
 class Reducer(ABC):
@@ -132,3 +132,10 @@ def unflatten(like: Metrics, sums: Sequence[float], maxes: Sequence[float], mins
             case Min():
                 metrics[name] = Min(next(next_min))
     return metrics
+
+
+class StepLog(NamedTuple):
+    """What one step has to say: figures, and values whose distribution is worth seeing."""
+
+    scalars: dict[str, float]
+    histograms: Mapping[str, Sequence[float]]

@@ -1,4 +1,4 @@
-"""Where a run's figures go: TensorBoard, `metrics.jsonl`, and the terminal. One process writes, rank 0."""
+"""Where a run's figures go: `metrics.jsonl`, the backends, and the terminal. One process writes, rank 0."""
 
 import json
 import math
@@ -6,14 +6,16 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+from megatron_rl.metrics.backends import Backend, TensorBoard, WeightsAndBiases
 
 
 class Figure(NamedTuple):
@@ -44,38 +46,63 @@ class Writer:
     """Writes `<run_dir>/metrics.jsonl` and `<run_dir>/tensorboard`, and shows the main figures of each step.
 
     `first_step` is the first step that will be logged: what an earlier process logged for it or for later steps is
-    dropped, so that a resumed run has every step once. `name` titles the live table on a terminal.
+    dropped, so that a resumed run has every step once. `name` titles the live table on a terminal. `wandb` names a
+    Weights & Biases project to log to as well; `config` is what its page shows as the run's options.
     """
 
-    def __init__(self, run_dir: str | Path, total_steps: int, name: str, *, first_step: int = 0) -> None:
-        # Imported late: it costs a second, on one rank only.
-        from torch.utils.tensorboard import SummaryWriter
-
+    def __init__(
+        self,
+        run_dir: str | Path,
+        total_steps: int,
+        name: str,
+        *,
+        first_step: int = 0,
+        wandb: str | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
+        self._backends: list[Backend] = []
+        # First, because it may refuse: nothing has been dropped or opened by then.
+        if wandb is not None:
+            self._backends.append(WeightsAndBiases(wandb, run_dir, config or {}, first_step))
+        self._backends.append(TensorBoard(run_dir / "tensorboard", first_step))
         path = run_dir / "metrics.jsonl"
         _drop_from(path, first_step)
         self._lines = path.open("a", encoding="utf-8", buffering=1)
-        self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
         self._display: Display = LiveTable(total_steps, name) if sys.stdout.isatty() else PlainLines(total_steps)
 
-    def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        """One step's figures. JSON knows no NaN and no infinity: in the file these are null."""
+    def log(self, step: int, scalars: Mapping[str, float], histograms: Mapping[str, Sequence[float]] = {}) -> None:
+        """One step's figures, and distributions for the backends.
+
+        JSON knows no NaN and no infinity: in the file these are null. Histograms count finite values only, and one
+        without any is left out.
+        """
         finite = {key: value if math.isfinite(value) else None for key, value in scalars.items()}
         row = {"step": step, "time": round(time.time(), 3), **finite}
         self._lines.write(json.dumps(row, allow_nan=False) + "\n")
-        for key, value in scalars.items():
-            self._tensorboard.add_scalar(key, value, step)
-        self._tensorboard.flush()
+        counted = {key: [value for value in values if math.isfinite(value)] for key, values in histograms.items()}
+        for backend in self._backends:
+            for key, values in counted.items():
+                if values:
+                    backend.histogram(step, key, values)
+            backend.scalars(step, scalars)
         self._display.show(step, scalars)
 
     def text(self, step: int, name: str, text: str) -> None:
-        """A text sample, as Markdown, to TensorBoard."""
-        self._tensorboard.add_text(name, text, step)
+        """A text sample, as Markdown, to the backends."""
+        for backend in self._backends:
+            backend.text(step, name, text)
+
+    def image(self, step: int, name: str, path: Path) -> None:
+        """A PNG file, to the backends."""
+        for backend in self._backends:
+            backend.image(step, name, path)
 
     def close(self) -> None:
         self._display.close()
-        self._tensorboard.close()
+        for backend in self._backends:
+            backend.close()
         self._lines.close()
 
     def __enter__(self) -> Self:

@@ -1,11 +1,13 @@
 """What a Hugging Face config says about a model's shape, checked against what the families here can do."""
 
-from dataclasses import dataclass
+import hashlib
+import math
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_rl.models.families import FAMILIES, Family
@@ -27,6 +29,12 @@ class ModelShape:
     norm_eps: float
     tied: bool
     inv_freq: torch.Tensor
+
+    def identity(self) -> dict[str, Any]:
+        """The shape as JSON: two models with the same identity hold the same tensors in the same places."""
+        plain = {item.name: getattr(self, item.name) for item in fields(self)}
+        rotary = hashlib.sha256(self.inv_freq.numpy().tobytes()).hexdigest()[:16]
+        return plain | {"family": self.family.name, "inv_freq": rotary}
 
 
 def rope_frequencies(hf: Any, head_dim: int) -> torch.Tensor:
@@ -52,6 +60,9 @@ def _refuse_variants(hf: Any) -> None:
     for name in ("use_sliding_window", "mlp_bias", "attention_bias"):
         if getattr(hf, name, False) and not (name == "attention_bias" and hf.model_type == "qwen2"):
             raise ValueError(f"{name}=true in the model's config is not supported for model_type={hf.model_type!r}")
+    windowed = sorted(set(getattr(hf, "layer_types", None) or ()) - {"full_attention"})
+    if windowed:
+        raise ValueError(f"layer_types in the model's config has {windowed[0]!r}; only 'full_attention' is supported")
 
 
 def model_shape(hf: Any) -> ModelShape:
@@ -84,6 +95,18 @@ def load_shape(path: str | Path) -> ModelShape:
     if not (Path(path) / "config.json").is_file():
         raise ValueError(f"model.path={str(path)!r} has no config.json: give a Hugging Face model directory")
     return model_shape(AutoConfig.from_pretrained(path))
+
+
+def tensor_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the model in `path` as transformers builds it, tied ones once; no memory is taken."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def num_parameters(path: str | Path) -> int:
+    """Parameters of the model in `path`; tied ones count once."""
+    return sum(math.prod(shape) for shape in tensor_shapes(path).values())
 
 
 def check_layout(shape: ModelShape, *, tp: int, pp: int, vpp: int) -> None:

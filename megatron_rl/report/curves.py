@@ -57,6 +57,11 @@ def plot_learning_curve(runs: Mapping[str, Path], out_png: Path, *, title: str) 
     figure.savefig(out_png, dpi=160, facecolor="white")
 
 
+def has_curve(path: Path) -> bool:
+    """Whether a `metrics.jsonl` holds anything that `plot_learning_curve` draws."""
+    return any(read_series(path, key).steps for key in (REWARD, ACCURACY))
+
+
 def read_series(path: Path, key: str) -> Series:
     """The steps and values of one metric; steps that lack it, or hold null for it, are left out."""
     with path.open(encoding="utf-8") as lines:

@@ -1,13 +1,23 @@
 """Held-out problems: greedy accuracy, and pass@k from several draws."""
 
+import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from math import comb
+from pathlib import Path
 
-from megatron_rl.config.rules import Config
+import torch.distributed as dist
+
+from megatron_rl.checkpoint.store import read_state
+from megatron_rl.config.rules import Config, ConfigError
+from megatron_rl.parallel.mesh import create_mesh, destroy_mesh
 from megatron_rl.rollout.engine import Sampling
 from megatron_rl.rollout.sync import push
+from megatron_rl.trainers.data import held_out_prompts
 from megatron_rl.trainers.parts import Parts, score
+from megatron_rl.trainers.resume import latest_checkpoint
 from megatron_rl.types import Prompt, Reward, RolloutGroup
+from megatron_rl.workers.sharded_model import ShardedModel
 
 # The second entry of a random stream's key, so that training steps and evaluations never share numbers.
 TRAINING, EVALUATION = 0, 1
@@ -24,10 +34,10 @@ def pass_at_k(correct: Sequence[int], draws: int, k: int) -> float:
 
 
 class Evaluator:
-    """Answers the held-out prompts with the actor's current weights."""
+    """Answers the held-out prompts with a model's current weights."""
 
-    def __init__(self, parts: Parts, prompts: Sequence[Prompt]) -> None:
-        self.parts, self.engine, self.pool = parts, parts.engine, parts.pool
+    def __init__(self, parts: Parts, model: ShardedModel, prompts: Sequence[Prompt]) -> None:
+        self.parts, self.model = parts, model
         self.prompts = list(prompts)[: parts.config.eval.limit]
 
     def _answer(self, config: Config, step: int, *, draws: int, temperature: float) -> list[RolloutGroup]:
@@ -40,12 +50,12 @@ class Evaluator:
             seed=config.train.seed,
             stream=(EVALUATION, step),
         )
-        return score(self.pool, self.engine.generate(self.prompts, sampling))
+        return score(self.parts.pool, self.parts.engine.generate(self.prompts, sampling))
 
     def __call__(self, step: int) -> tuple[dict[str, float], list[RolloutGroup]]:
         """`val/*`, and the greedy answers. Collective."""
-        config, actor = self.parts.config, self.parts.actor
-        push(actor.named_hf_weights, self.engine, actor.version)
+        config, model = self.parts.config, self.model
+        push(model.named_hf_weights, self.parts.engine, model.version)
         greedy = self._answer(config, step, draws=1, temperature=0.0)
         rollouts = [group.rollouts[0] for group in greedy]
         rewards = [group.rewards[0] for group in greedy]
@@ -61,3 +71,45 @@ class Evaluator:
             for k in sorted({2**power for power in range(draws.bit_length()) if 2**power <= draws} | {draws}):
                 metrics[f"val/pass@{k}"] = pass_at_k(correct, draws, k)
         return metrics, greedy
+
+
+def evaluate(config: Config) -> None:
+    """Answers the held-out problems once, with the run's latest checkpoint or what it would start from. Collective."""
+    mesh = create_mesh(**asdict(config.parallel), seed=config.train.seed)
+    parts = Parts(config)
+    try:
+        model = ShardedModel(config.model, mesh)
+        checkpoint = latest_checkpoint(config)
+        if checkpoint is not None:
+            model.load_checkpoint(checkpoint)
+        held_out = held_out_prompts(config, parts.tokenizer)
+        if held_out is None:
+            raise ConfigError("eval needs held-out problems: set data.val")
+        step = int(read_state(checkpoint)["step"]) if checkpoint is not None else 0
+        metrics, answers = Evaluator(parts, model, held_out.all())(step)
+        if dist.get_rank() == 0:
+            _report(Path(config.run.dir), str(checkpoint or config.model.weights), step, metrics, answers)
+    finally:
+        parts.close()
+        destroy_mesh()
+
+
+def _report(run_dir: Path, weights: str, step: int, metrics: dict[str, float], answers: Sequence[RolloutGroup]) -> None:
+    """Prints the figures, and writes them with every greedy answer."""
+    rows = [
+        {
+            "prompt": group.prompt.text,
+            "response": group.rollouts[0].text,
+            "reward": group.rewards[0].value if group.rewards[0].reason is None else None,
+            "reason": group.rewards[0].reason,
+        }
+        for group in answers
+    ]
+    path = run_dir / f"eval_{step:08d}.json"
+    run_dir.mkdir(parents=True, exist_ok=True)
+    report = {"weights": weights, "step": step, "metrics": metrics, "answers": rows}
+    path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    print(f"{len(rows)} held-out problems, weights {weights}")
+    for name, value in metrics.items():
+        print(f"  {name:<20} {value:.4g}")
+    print(f"answers in {path}", flush=True)

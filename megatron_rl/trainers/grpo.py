@@ -1,71 +1,100 @@
 """Group-relative policy optimisation: answer, judge, compare within the group, update."""
 
+import math
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from megatron_rl.algorithms import advantages
-from megatron_rl.config.schema import Algorithm, GrpoConfig
-from megatron_rl.data.samples import Sample, from_rollout, weighed
+from megatron_rl.algorithms.kl import kl
+from megatron_rl.config.schema import Algorithm, GrpoConfig, KLPlace
+from megatron_rl.data.samples import Sample, from_example, weighed
 from megatron_rl.data.sources import PromptSource
 from megatron_rl.metrics.timing import Timer
-from megatron_rl.metrics.types import Max, Mean, Metrics, Sum, merge
+from megatron_rl.metrics.types import Max, Mean, Metrics, StepLog, Sum, merge
 from megatron_rl.parallel.mesh import Mesh
 from megatron_rl.rollout.engine import Sampling
 from megatron_rl.rollout.sync import check_parity, parity_gap, push
 from megatron_rl.trainers.data import train_prompts
 from megatron_rl.trainers.evaluate import TRAINING
 from megatron_rl.trainers.parts import Parts, score
-from megatron_rl.trainers.rollout_metrics import rollout_metrics
+from megatron_rl.trainers.rollout_metrics import rollout_histograms, rollout_metrics
 from megatron_rl.types import RolloutGroup
+from megatron_rl.workers.model_worker import ModelWorker
 from megatron_rl.workers.objective import PolicyGradient
+from megatron_rl.workers.sharded_model import ShardedModel
 
 
 class GrpoTrainer:
-    """One rollout batch, `updates_per_step` updates."""
+    """One rollout batch; `epochs_per_step` times its mini-batches, one update each."""
 
-    def __init__(self, config: GrpoConfig, parts: Parts, source: PromptSource) -> None:
-        self.config, self.parts, self.source = config, parts, source
-        self.engine, self.pool = parts.engine, parts.pool
+    def __init__(
+        self,
+        config: GrpoConfig,
+        actor: ModelWorker,
+        reference: ShardedModel | None,
+        parts: Parts,
+        source: PromptSource,
+    ) -> None:
+        self.config, self.actor, self.reference, self.parts, self.source = config, actor, reference, parts, source
         self.objective = policy_objective(config)
         self.probed = False
 
-    def step(self, step: int, timer: Timer) -> dict[str, float]:
-        config, actor, engine = self.config, self.parts.actor, self.engine
+    def step(self, step: int, timer: Timer) -> StepLog:
+        config, actor, engine = self.config, self.actor, self.parts.engine
         with timer("sync"):
             push(actor.named_hf_weights, engine, actor.version)
         with timer("gen"):
             groups = engine.generate(self.source.next(config.train.batch_size), self._sampling(step))
         with timer("reward"):
-            groups = score(self.pool, groups)
-        with timer("adv"):
-            values = group_advantages(groups, normalize_by_std=bool(config.algorithm.normalize_by_std))
-            samples = to_samples(groups, values)
+            groups = score(self.parts.pool, groups)
+        samples = to_samples(groups)
+        metrics: dict[str, float] = {}
         probe = self._is_probe(step)
-        metrics = rollout_metrics(groups, values)
-        if probe or not self.objective.on_policy:
+        if probe or not self.objective.on_policy or config.kl.where is KLPlace.reward:
             with timer("old_log_prob"):
                 log_probs = actor.log_probs(samples, self._plan(samples), config.rollout.temperature)
             samples = [sample.with_loss_field("old_log_probs", log_probs[sample.id]) for sample in samples]
             if probe:
                 metrics |= self._check_parity(groups, log_probs)
+        if self.reference is not None:
+            with timer("ref"):
+                log_probs = self.reference.log_probs(samples, self._plan(samples), config.rollout.temperature)
+            samples = [sample.with_loss_field("ref_log_probs", log_probs[sample.id]) for sample in samples]
+        with timer("adv"):
+            rewards, penalty = self._penalised(reward_values(groups), samples)
+            values = group_advantages(groups, rewards, normalize_by_std=bool(config.algorithm.normalize_by_std))
+            samples = [sample.with_constant("advantages", value) for sample, value in zip(samples, values.tolist())]
         with timer("update_actor"):
             metrics |= self._update(samples)
-        return metrics
+        return StepLog(rollout_metrics(groups, values) | penalty | metrics, rollout_histograms(groups, values))
+
+    def _penalised(self, rewards: Tensor, samples: Sequence[Sample]) -> tuple[Tensor, dict[str, float]]:
+        """Rewards [n], less the distance to the reference where the config wants it there."""
+        settings = self.config.kl
+        if settings.where is not KLPlace.reward:
+            return rewards, {}
+        distances = sample_kl(samples, settings.estimator.value)
+        means = [float(distance.mean()) for distance in distances if distance.numel()]
+        return rewards - settings.coeff * torch.stack([distance.sum() for distance in distances]), {
+            "actor/reward_kl_penalty": fmean(means) if means else math.nan,
+            "actor/reward_kl_penalty_coeff": settings.coeff,
+        }
 
     def _update(self, samples: Sequence[Sample]) -> dict[str, float]:
         """Mini-batches of whole groups, in order. A loss is logged as its mean over the updates."""
-        actor, algorithm = self.parts.actor, self.config.algorithm
-        size = len(samples) // self.config.train.updates_per_step
+        algorithm, train = self.config.algorithm, self.config.train
+        size = len(samples) // train.mini_batches_per_step
         total: Metrics = {}
-        for start in range(0, len(samples), size):
+        for start in list(range(0, len(samples), size)) * train.epochs_per_step:
             mini_batch = weighed(
                 samples[start : start + size], str(algorithm.aggregation), horizon=self.config.rollout.max_new_tokens
             )
-            stats = actor.forward_backward(mini_batch, self._plan(mini_batch), self.objective)
-            update = actor.step()
+            stats = self.actor.forward_backward(mini_batch, self._plan(mini_batch), self.objective)
+            update = self.actor.step()
             per_update: Metrics = {name: Mean(v.value, 1) if isinstance(v, Sum) else v for name, v in stats.items()}
             per_update |= {
                 "actor/grad_norm": Max(update.grad_norm),
@@ -76,7 +105,7 @@ class GrpoTrainer:
         return {name: value.result() for name, value in total.items()}
 
     def _plan(self, samples: Sequence[Sample]) -> Any:
-        return self.parts.actor.plan(samples, self.config.train.max_tokens_per_micro_batch)
+        return self.actor.plan(samples, self.config.train.max_tokens_per_micro_batch)
 
     def _sampling(self, step: int) -> Sampling:
         rollout = self.config.rollout
@@ -102,7 +131,7 @@ class GrpoTrainer:
         largest, mean = parity_gap(rollouts, log_probs)
         tolerance = self.config.rollout.parity_tolerance
         assert tolerance is not None
-        check_parity(largest, mean, tolerance, self.parts.actor.version)
+        check_parity(largest, mean, tolerance, self.actor.version)
         return {"rollout/log_prob_gap_max": largest, "rollout/log_prob_gap_mean": mean}
 
     def state(self) -> dict[str, Any]:
@@ -112,19 +141,34 @@ class GrpoTrainer:
         self.source.load_state_dict(state["source"])
 
 
-def group_advantages(groups: Sequence[RolloutGroup], *, normalize_by_std: bool) -> Tensor:
+def reward_values(groups: Sequence[RolloutGroup]) -> Tensor:
+    """One reward per rollout [n] float64, groups one after the other; NaN where it could not be judged."""
+    return torch.tensor([reward.value for group in groups for reward in group.rewards], dtype=torch.float64)
+
+
+def sample_kl(samples: Sequence[Sample], estimator: str) -> list[Tensor]:
+    """Per sample, the distance of the policy that drew it to the reference at each loss-bearing token, float64."""
+    distances = []
+    for sample in samples:
+        drawn_from, kept_near = (
+            sample.fields[name][sample.loss_mask].double() for name in ("old_log_probs", "ref_log_probs")
+        )
+        distances.append(kl(drawn_from, kept_near, estimator))
+    return distances
+
+
+def group_advantages(groups: Sequence[RolloutGroup], rewards: Tensor, *, normalize_by_std: bool) -> Tensor:
     """One advantage per rollout [n] float64, groups one after the other."""
-    rewards = torch.tensor([reward.value for group in groups for reward in group.rewards], dtype=torch.float64)
     group_ids = torch.tensor([i for i, group in enumerate(groups) for _ in group.rewards])
     return advantages.grpo(rewards, group_ids, normalize_by_std=normalize_by_std)
 
 
-def to_samples(groups: Sequence[RolloutGroup], values: Tensor) -> list[Sample]:
+def to_samples(groups: Sequence[RolloutGroup]) -> list[Sample]:
     """Rollouts in order, numbered from 0. A response that could not be judged bears no loss."""
     pairs = [(group, i) for group in groups for i in range(len(group.rollouts))]
     samples = []
-    for number, ((group, i), value) in enumerate(zip(pairs, values.tolist())):
-        sample = from_rollout(number, group.prompt.token_ids, group.rollouts[i], value)
+    for number, (group, i) in enumerate(pairs):
+        sample = from_example(number, group.prompt.token_ids, group.rollouts[i].token_ids)
         samples.append(sample if group.rewards[i].reason is None else sample.without_loss())
     return samples
 
@@ -140,12 +184,21 @@ def policy_objective(config: GrpoConfig) -> PolicyGradient:
         clip_high=algorithm.clip_high,
         dual_clip=algorithm.dual_clip or None,
         entropy_coeff=algorithm.entropy_coeff,
+        kl_estimator=config.kl.estimator.value if config.kl.where is KLPlace.loss else None,
+        kl_coeff=config.kl.coeff,
         temperature=config.rollout.temperature,
-        on_policy=config.train.updates_per_step == 1,
+        on_policy=updates_per_step(config) == 1,
     )
 
 
+def updates_per_step(config: GrpoConfig) -> int:
+    """Optimizer steps that one rollout batch is used for."""
+    return config.train.mini_batches_per_step * config.train.epochs_per_step
+
+
 def build(config: GrpoConfig, mesh: Mesh) -> GrpoTrainer:
-    """The trainer on this rank."""
-    parts = Parts(config, mesh, total_updates=config.train.steps * config.train.updates_per_step)
-    return GrpoTrainer(config, parts, train_prompts(config, parts.tokenizer))
+    """The trainer on this rank. The reference is the model that training starts from, also when it is continued."""
+    parts = Parts(config)
+    actor = ModelWorker(config.model, config.optim, mesh, total_steps=config.train.steps * updates_per_step(config))
+    reference = ShardedModel(config.model, mesh) if config.kl.where is not KLPlace.none else None
+    return GrpoTrainer(config, actor, reference, parts, train_prompts(config, parts.tokenizer))

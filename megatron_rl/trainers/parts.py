@@ -1,4 +1,4 @@
-"""What trainers are put together from: tokenizer, data, engine, rewards. Wiring, no logic."""
+"""What trainers are put together from beside a model: tokenizer, engine, rewards. Wiring, no logic."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -8,21 +8,18 @@ import torch.distributed as dist
 from megatron_rl.config.rules import Config
 from megatron_rl.data.tokenizer import load_tokenizer, pad_id, read_generation_eos, stop_ids
 from megatron_rl.parallel.collect import gather_over_world
-from megatron_rl.parallel.mesh import Mesh
 from megatron_rl.rewards.pool import RewardPool, score_groups
 from megatron_rl.rollout.hf_engine import HFEngine
 from megatron_rl.types import RolloutGroup
-from megatron_rl.workers.model_worker import DTYPES, ModelWorker
+from megatron_rl.workers.sharded_model import DTYPES
 
 
 class Parts:
     """The shared parts of every trainer. Engine and reward workers start when they are first asked for."""
 
-    def __init__(self, config: Config, mesh: Mesh, *, total_updates: int) -> None:
-        """`total_updates` is the length of the learning-rate schedule."""
-        self.config, self.mesh = config, mesh
+    def __init__(self, config: Config) -> None:
+        self.config = config
         self.tokenizer = load_tokenizer(config.model.path)
-        self.actor = ModelWorker(config.model, config.optim, mesh, total_steps=total_updates)
 
     @cached_property
     def engine(self) -> HFEngine:

@@ -4,21 +4,24 @@
 it saw.
 """
 
+import importlib.util
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
 from megatron_rl.checkpoint.hf import SafetensorsReader
+from megatron_rl.checkpoint.store import check_model, find_checkpoint
 from megatron_rl.config.load import Loaded
 from megatron_rl.config.rules import Config
-from megatron_rl.config.schema import SftConfig
+from megatron_rl.config.schema import PRETRAINED, RANDOM, SftConfig
 from megatron_rl.data.chat import encode_response
 from megatron_rl.data.planner import plan_step
 from megatron_rl.data.tokenizer import load_tokenizer
-from megatron_rl.models.hf_config import ModelShape, check_layout, load_shape
+from megatron_rl.models.hf_config import ModelShape, check_layout, load_shape, num_parameters
 from megatron_rl.models.hf_map import WeightMap
 from megatron_rl.rewards.pool import RewardPool
 from megatron_rl.trainers.data import held_out_prompts, train_examples, train_prompts
+from megatron_rl.trainers.resume import latest_checkpoint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,11 +37,11 @@ class Findings:
 def preflight(config: Config) -> Findings:
     """Raises ValueError, in the terms of the config, on what would stop the run; starts no rank and reads no weight."""
     parallel = config.parallel
+    if config.log.wandb is not None and importlib.util.find_spec("wandb") is None:
+        raise ValueError(f"log.wandb={config.log.wandb!r} needs wandb: pip install wandb, or remove log.wandb")
     shape = load_shape(config.model.path)
     check_layout(shape, tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp)
-    reader = SafetensorsReader(config.model.path)
-    names = WeightMap(shape.family.rules, num_layers=shape.num_layers, tied=shape.tied).hf_names()
-    reader.check(names)
+    _check_weights(config, shape)
     tokenizer = load_tokenizer(config.model.path)
     _check_vocabulary(tokenizer, shape)
     lengths, rows = _first_step(config, tokenizer)
@@ -47,11 +50,23 @@ def preflight(config: Config) -> Findings:
         RewardPool(config.reward.name, config.reward.options, workers=1, deadline_s=config.reward.deadline_s).close()
     _plan(config, lengths)
     return Findings(
-        parameters=sum(reader.size(name) for name in names),
+        parameters=num_parameters(config.model.path),
         train_rows=rows,
         held_out_rows=len(held_out) if held_out is not None else 0,
         step_lengths=lengths,
     )
+
+
+def _check_weights(config: Config, shape: ModelShape) -> None:
+    """The weights to start from, and the checkpoint that the run would continue from, are of this model."""
+    if config.model.weights == PRETRAINED:
+        names = WeightMap(shape.family.rules, num_layers=shape.num_layers, tied=shape.tied).hf_names()
+        SafetensorsReader(config.model.path).check(names)
+    elif config.model.weights != RANDOM:
+        check_model(find_checkpoint(config.model.weights), "actor", shape.identity())
+    latest = latest_checkpoint(config)
+    if latest is not None:
+        check_model(latest, "actor", shape.identity())
 
 
 def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, shape: ModelShape) -> None:
@@ -76,8 +91,8 @@ def _first_step(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[lis
 def _plan(config: Config, lengths: list[int]) -> list[int]:
     """Tokens of each micro-batch of the first update on the first rank."""
     parallel = config.parallel
-    updates = 1 if isinstance(config, SftConfig) else config.train.updates_per_step
-    lengths = lengths[: len(lengths) // updates]
+    cuts = 1 if isinstance(config, SftConfig) else config.train.mini_batches_per_step
+    lengths = lengths[: len(lengths) // cuts]
     plan = plan_step(
         lengths,
         dp_size=parallel.dp or 1,

@@ -40,3 +40,12 @@ def rollout_metrics(groups: Sequence[RolloutGroup], advantages: Tensor) -> dict[
         "rollout/entropy": -fmean(log_prob for rollout in rollouts for log_prob in rollout.log_probs),
         "perf/total_num_tokens": tokens,
     }
+
+
+def rollout_histograms(groups: Sequence[RolloutGroup], advantages: Tensor) -> dict[str, list[float]]:
+    """What is worth seeing as a distribution."""
+    return {
+        "response_length": [float(len(rollout.token_ids)) for group in groups for rollout in group.rollouts],
+        "critic/score": [r.value for group in groups for r in group.rewards if r.reason is None],
+        "critic/advantages": advantages.tolist(),
+    }

@@ -1,5 +1,6 @@
 """The loop that every trainer runs in: continue, step, evaluate, log, save, export."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -7,29 +8,33 @@ from typing import Any, Protocol
 import torch.distributed as dist
 
 from megatron_rl.checkpoint.hf import write_model
-from megatron_rl.checkpoint.store import CheckpointStore
-from megatron_rl.config.load import save_config
+from megatron_rl.config.load import as_dict, save_config
 from megatron_rl.config.rules import Config
 from megatron_rl.config.schema import GrpoConfig, SftConfig
 from megatron_rl.metrics.timing import Timer
+from megatron_rl.metrics.types import StepLog
 from megatron_rl.metrics.writer import Writer
-from megatron_rl.parallel import device
 from megatron_rl.parallel.mesh import Mesh, create_mesh, destroy_mesh
+from megatron_rl.report.curves import has_curve, plot_learning_curve
 from megatron_rl.trainers import grpo, sft
+from megatron_rl.trainers.banner import banner
 from megatron_rl.trainers.data import held_out_prompts
 from megatron_rl.trainers.evaluate import Evaluator
 from megatron_rl.trainers.parts import Parts
+from megatron_rl.trainers.resume import checkpoint_store, latest_checkpoint
 from megatron_rl.types import RolloutGroup
+from megatron_rl.workers.model_worker import ModelWorker
 
 SHOWN_ANSWERS = 8
 
 
 class Trainer(Protocol):
-    """What a trainer brings: its parts, one step, and what of it is not in the parts."""
+    """What a trainer brings: its parts and the model it trains, one step, and what else must be saved of it."""
 
     parts: Parts
+    actor: ModelWorker
 
-    def step(self, step: int, timer: Timer) -> dict[str, float]: ...
+    def step(self, step: int, timer: Timer) -> StepLog: ...
 
     def state(self) -> dict[str, Any]: ...
 
@@ -62,9 +67,11 @@ class Run:
     def __init__(self, config: Config, mesh: Mesh, trainer: Trainer) -> None:
         self.config, self.mesh, self.trainer = config, mesh, trainer
         self.directory = Path(config.run.dir)
-        self.store = CheckpointStore(self.directory / "checkpoints", config.checkpoint.keep)
+        self.store = checkpoint_store(config)
         held_out = held_out_prompts(config, trainer.parts.tokenizer)
-        self.evaluator = Evaluator(trainer.parts, held_out.all()) if held_out is not None else None
+        self.evaluator = None
+        if held_out is not None:
+            self.evaluator = Evaluator(trainer.parts, trainer.actor, held_out.all())
         self.timer = Timer()
         self.writer: Writer | None = None
 
@@ -75,8 +82,15 @@ class Run:
             self.directory.mkdir(parents=True, exist_ok=True)
             save_config(self.config, self.directory / "config.yaml")
             first = done + 1 if done else 0
-            self.writer = Writer(self.directory, self.config.train.steps, self.config.trainer, first_step=first)
-            self._say(self._banner(done))
+            self.writer = Writer(
+                self.directory,
+                self.config.train.steps,
+                self.config.trainer,
+                first_step=first,
+                wandb=self.config.log.wandb,
+                config=as_dict(self.config),
+            )
+            print(banner(self.config, self.mesh, self.trainer.actor, done), flush=True)
         try:
             if done == 0:
                 self._log(0, self._evaluate(0))
@@ -84,13 +98,14 @@ class Run:
                 self._step(step)
             if last == self.config.train.steps and last > done:
                 self._export()
+                self._draw(last)
         finally:
             if self.writer is not None:
                 self.writer.close()
 
     def _step(self, step: int) -> None:
         with self.timer("step"):
-            metrics = self.trainer.step(step, self.timer)
+            metrics, histograms = self.trainer.step(step, self.timer)
         seconds = self.timer.metrics()
         self.timer.reset()
         rate = metrics["perf/total_num_tokens"] / seconds["timing_s/step"]
@@ -103,9 +118,10 @@ class Run:
         final = step == self.config.train.steps
         if self._due(step, self.config.eval.every) or final:
             metrics |= self._evaluate(step)
-        self._log(step, metrics)
+        self._log(step, metrics, histograms)
         if self._due(step, self.config.checkpoint.every) or final or step == self.config.run.stop_after:
-            self.store.save(step, {"actor": self.trainer.parts.actor}, {"trainer": self.trainer.state()})
+            state = {"trainer": self.config.trainer, "state": self.trainer.state()}
+            self.store.save(step, {"actor": self.trainer.actor}, state)
 
     @staticmethod
     def _due(step: int, every: int) -> bool:
@@ -113,11 +129,11 @@ class Run:
 
     def _resume(self) -> int:
         """The last step that is already done."""
-        path = self.store.latest() if self.config.run.resume else None
+        path = latest_checkpoint(self.config)
         if path is None:
             return 0
-        state = self.store.load(path, {"actor": self.trainer.parts.actor})
-        self.trainer.load_state(state["trainer"])
+        state = self.store.load(path, {"actor": self.trainer.actor})
+        self.trainer.load_state(state["state"])
         return int(state["step"])
 
     def _evaluate(self, step: int) -> dict[str, float]:
@@ -133,27 +149,23 @@ class Run:
 
     def _export(self) -> None:
         write_model(
-            self.trainer.parts.actor.named_hf_weights(),
+            self.trainer.actor.named_hf_weights(),
             self.directory / "hf",
             like=self.config.model.path,
             write=dist.get_rank() == 0,
         )
 
-    def _log(self, step: int, metrics: dict[str, float]) -> None:
+    def _draw(self, step: int) -> None:
+        """The learning curve, where there is something to draw."""
+        lines = self.directory / "metrics.jsonl"
+        if self.writer is not None and has_curve(lines):
+            picture = self.directory / "learning_curve.png"
+            plot_learning_curve({self.config.trainer: lines}, picture, title=self.directory.name)
+            self.writer.image(step, "learning_curve", picture)
+
+    def _log(self, step: int, metrics: dict[str, float], histograms: Mapping[str, Sequence[float]] = {}) -> None:
         if self.writer is not None and metrics:
-            self.writer.log(step, metrics)
-
-    def _say(self, line: str) -> None:
-        print(line, flush=True)
-
-    def _banner(self, done: int) -> str:
-        mesh, actor = self.mesh, self.trainer.parts.actor
-        layout = f"tp={mesh.tp_size} pp={mesh.pp_size} dp={mesh.dp_size}"
-        start = f"continues after step {done}" if done else "starts"
-        return (
-            f"megatron_rl {self.config.trainer}: {actor.num_parameters:,} parameters, {layout}, "
-            f"{mesh.world_size} process(es), {device.describe()}; {start}; run directory {self.directory}"
-        )
+            self.writer.log(step, metrics, histograms)
 
 
 def _table(groups: list[RolloutGroup]) -> str:

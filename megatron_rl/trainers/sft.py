@@ -1,5 +1,6 @@
 """Supervised fine-tuning on prompt/response pairs: the loss of the response tokens, token mean over the batch."""
 
+from statistics import fmean
 from typing import Any
 
 from megatron_rl.config.schema import SftConfig
@@ -7,21 +8,23 @@ from megatron_rl.data.chat import encode_response
 from megatron_rl.data.samples import from_example, weighed
 from megatron_rl.data.sources import ExampleSource
 from megatron_rl.metrics.timing import Timer
+from megatron_rl.metrics.types import StepLog
 from megatron_rl.parallel.mesh import Mesh
 from megatron_rl.trainers.data import train_examples
 from megatron_rl.trainers.parts import Parts
+from megatron_rl.workers.model_worker import ModelWorker
 from megatron_rl.workers.objective import NegativeLogLikelihood
 
 
 class SftTrainer:
     """One batch of examples, one update."""
 
-    def __init__(self, config: SftConfig, parts: Parts, source: ExampleSource) -> None:
-        self.config, self.parts, self.source = config, parts, source
+    def __init__(self, config: SftConfig, actor: ModelWorker, parts: Parts, source: ExampleSource) -> None:
+        self.config, self.actor, self.parts, self.source = config, actor, parts, source
         self.objective = NegativeLogLikelihood()
 
-    def step(self, step: int, timer: Timer) -> dict[str, float]:
-        actor, config = self.parts.actor, self.config
+    def step(self, step: int, timer: Timer) -> StepLog:
+        actor, config = self.actor, self.config
         examples = [
             from_example(i, prompt.token_ids, encode_response(self.parts.tokenizer, response))
             for i, (prompt, response) in enumerate(self.source.next(config.train.batch_size))
@@ -31,14 +34,16 @@ class SftTrainer:
         with timer("update_actor"):
             metrics = actor.forward_backward(samples, plan, self.objective)
             update = actor.step()
-        return {
+        lengths = [float(sample.response_length) for sample in samples]
+        scalars = {
             **{name: value.result() for name, value in metrics.items()},
             "actor/grad_norm": update.grad_norm,
             "actor/lr": update.lr,
             "actor/skipped": float(not update.applied),
-            "response_length/mean": sum(sample.response_length for sample in samples) / len(samples),
+            "response_length/mean": fmean(lengths),
             "perf/total_num_tokens": float(sum(map(len, samples))),
         }
+        return StepLog(scalars, {"response_length": lengths})
 
     def state(self) -> dict[str, Any]:
         return {"source": self.source.state_dict()}
@@ -49,5 +54,6 @@ class SftTrainer:
 
 def build(config: SftConfig, mesh: Mesh) -> SftTrainer:
     """The trainer on this rank."""
-    parts = Parts(config, mesh, total_updates=config.train.steps)
-    return SftTrainer(config, parts, train_examples(config, parts.tokenizer))
+    parts = Parts(config)
+    actor = ModelWorker(config.model, config.optim, mesh, total_steps=config.train.steps)
+    return SftTrainer(config, actor, parts, train_examples(config, parts.tokenizer))

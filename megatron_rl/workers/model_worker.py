@@ -1,8 +1,7 @@
-"""One Megatron model under training: forward_backward, step, log_probs, weights out. Four verbs."""
+"""One Megatron model under training: forward_backward, step, saved state."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,28 +9,23 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
-from megatron_rl.checkpoint.hf import SafetensorsReader
 from megatron_rl.config.schema import ModelConfig, OptimConfig
-from megatron_rl.data.collate import MicroBatch, collate, scatter_back
-from megatron_rl.data.planner import StepPlan, plan_step
+from megatron_rl.data.collate import MicroBatch
+from megatron_rl.data.planner import StepPlan
 from megatron_rl.data.samples import Sample
 from megatron_rl.metrics.types import Metrics, merge
-from megatron_rl.models.attention import packed_seq_params
-from megatron_rl.models.build import LanguageModel, build_model, weight_map
-from megatron_rl.models.exchange import export_weights, import_weights
-from megatron_rl.models.hf_config import load_shape
-from megatron_rl.parallel.collect import from_last_stage, gather_over_data, reduce_metrics
-from megatron_rl.parallel.device import device
+from megatron_rl.models.build import LanguageModel
+from megatron_rl.models.exchange import export_weights
+from megatron_rl.parallel.collect import reduce_metrics
 from megatron_rl.parallel.mesh import Mesh
 from megatron_rl.parallel.schedule import LossFunction, run_schedule
 from megatron_rl.workers.objective import Objective, token_stats
+from megatron_rl.workers.sharded_model import DTYPES, ShardedModel
 
 # isort: split
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,29 +37,15 @@ class StepResult:
     applied: bool
 
 
-class ModelWorker:
-    """A GPTModel from a Hugging Face directory, with megatron-core's DDP and distributed optimizer.
-
-    `version` counts the optimizer steps that were applied.
-    """
+class ModelWorker(ShardedModel):
+    """The model with megatron-core's DDP and distributed optimizer. `version` counts the steps that were applied."""
 
     def __init__(self, model: ModelConfig, optim: OptimConfig, mesh: Mesh, *, total_steps: int) -> None:
-        self.mesh = mesh
-        self.hf_path = Path(model.path)
-        shape = load_shape(model.path)
-        dtype = DTYPES[model.dtype.value]
-        self.models: list[LanguageModel] = build_model(shape, mesh, dtype)
-        reader = SafetensorsReader(model.path)
-        reader.check(weight_map(shape).hf_names())
-        import_weights(self.models, reader, mesh)
-        self.config = self.models[0].config
+        super().__init__(model, mesh)
         self.chunks = [self._wrap(index, chunk) for index, chunk in enumerate(self.models)]
-        self.optimizer = get_megatron_optimizer(_optimizer_config(optim, dtype), self.chunks)
+        self.optimizer = get_megatron_optimizer(_optimizer_config(optim, DTYPES[model.dtype.value]), self.chunks)
         self.config.grad_scale_func = self.optimizer.scale_loss
         self.scheduler = _scheduler(self.optimizer, optim, total_steps)
-        self.version = 0
-        # Embedding and output layer are counted once where they are tied.
-        self.num_parameters = sum(reader.size(name) for name in weight_map(shape).hf_names())
 
     def _wrap(self, index: int, chunk: LanguageModel) -> DistributedDataParallel:
         """Gradients are kept and reduced in fp32; the distributed optimizer is on at every size, DP = 1 too."""
@@ -73,37 +53,15 @@ class ModelWorker:
         # Of an interleaved pipeline only the first chunk's buckets overlap with the backward pass.
         return DistributedDataParallel(self.config, ddp, chunk, disable_bucketing=index > 0)
 
-    def plan(self, samples: Sequence[Sample], max_tokens: int) -> StepPlan:
-        """Cuts one mini-batch into micro-batches, the same number on every rank."""
-        return plan_step(
-            [len(sample) for sample in samples],
-            dp_size=self.mesh.dp_size,
-            max_tokens=max_tokens,
-            min_micro_batches=self.mesh.min_micro_batches,
-            multiple_of=self.mesh.micro_batch_multiple,
-        )
+    def state_bytes(self) -> int:
+        """What this rank keeps between steps: weights, float32 gradients, and its share of Adam's state.
 
-    def _micro_batches(
-        self, samples: Sequence[Sample], plan: StepPlan, field_names: tuple[str, ...]
-    ) -> list[MicroBatch]:
-        """This rank's share. Sequences of equal length stand together: attention takes them in one call."""
-        return [
-            collate(
-                sorted((samples[i] for i in indices), key=len),
-                field_names=field_names,
-                pad_multiple=self.mesh.pad_multiple,
-                min_tokens=self.mesh.tp_size,
-            ).to(device())
-            for indices in plan.micro_batches[self.mesh.dp_rank]
-        ]
-
-    def _forward(self, chunk: Any, batch: MicroBatch) -> Tensor:
-        return chunk(
-            batch.tokens,
-            batch.position_ids,
-            None,
-            packed_seq_params=packed_seq_params(batch.cu_seqlens, batch.max_seqlen),
-        )
+        Adam keeps two float32 moments and, where the weights are not float32 themselves, a float32 master copy.
+        """
+        weights = sum(parameter.nbytes for model in self.models for parameter in model.parameters())
+        elements = sum(parameter.numel() for model in self.models for parameter in model.parameters())
+        copies = 2 if self.models[0].config.params_dtype == torch.float32 else 3
+        return weights + 4 * elements + 4 * copies * elements // self.mesh.dp_size
 
     def forward_backward(self, samples: Sequence[Sample], plan: StepPlan, objective: Objective) -> Metrics:
         """Accumulates the gradient of `objective` over one mini-batch; returns its metrics, reduced over all ranks.
@@ -150,30 +108,6 @@ class ModelWorker:
         """The learning rate of the next step."""
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def log_probs(self, samples: Sequence[Sample], plan: StepPlan, temperature: float) -> dict[int, Tensor]:
-        """Per sample id, the log-probability of each loss-bearing token, on every rank. No gradient."""
-        for chunk in self.chunks:
-            chunk.eval()
-
-        def step(chunk: Any, batch: MicroBatch) -> tuple[Tensor, LossFunction]:
-            def measure(hidden: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
-                stats = token_stats(self.models[-1], hidden, batch, self.mesh, temperature=temperature, entropy=False)
-                return hidden.sum(), scatter_back(stats.logp.cpu(), batch)
-
-            return self._forward(chunk, batch), measure
-
-        batches = self._micro_batches(samples, plan, ())
-        parts = run_schedule(self.chunks, batches, step, mesh=self.mesh, forward_only=True)
-        local = from_last_stage(parts if self.mesh.is_last_stage else None, self.mesh)
-        found: dict[int, Tensor] = {}
-        for part in gather_over_data(local, self.mesh):
-            found.update(part)
-        return found
-
-    def named_hf_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face name, full tensor) on every rank; collective."""
-        return export_weights(self.models, self.mesh)
-
     def named_hf_gradients(self) -> Iterator[tuple[str, Tensor]]:
         """The gradients under the weights' names, summed over every axis; collective."""
         self._complete_gradients()
@@ -181,26 +115,18 @@ class ModelWorker:
 
     def sharded_state(self, *, loading: bool) -> dict[str, Any]:
         """Parameters and optimizer as megatron-core's sharded tensors (which reshard), and the schedule."""
-        metadata = {
-            "distrib_optim_sharding_type": "fully_reshardable",
-            "chained_optim_avoid_prefix": True,
-            "singleton_local_shards": False,
-            "dp_cp_group": self.mesh.dp_group,
-        }
-        state: dict[str, Any] = {}
-        for index, model in enumerate(self.models):
-            state[f"model{index}"] = model.sharded_state_dict(metadata=metadata)
+        weights = self._sharded_weights()
         return {
-            **state,
-            "optimizer": self.optimizer.sharded_state_dict(state, is_loading=loading, metadata=metadata),
+            **weights,
+            "optimizer": self.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=self._metadata()),
             "scheduler": self.scheduler.state_dict(),
             "version": self.version,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Takes back what `sharded_state` gave out."""
-        for index, model in enumerate(self.models):
-            model.load_state_dict(state[f"model{index}"])
+        for name, model in zip(self._names(), self.models):
+            model.load_state_dict(state[name])
         self.optimizer.load_state_dict(state["optimizer"])
         # megatron-core adds the saved count to the present one.
         self.scheduler.num_steps = 0

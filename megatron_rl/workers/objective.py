@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.algorithms import policy_loss
+from megatron_rl.algorithms.kl import kl
 from megatron_rl.data.collate import MicroBatch
 from megatron_rl.metrics.types import Max, Mean, Metrics, Sum
 from megatron_rl.models.build import LanguageModel
@@ -88,7 +89,7 @@ class NegativeLogLikelihood:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyGradient:
-    """A clipped policy loss, minus an entropy bonus: sum_t w_t (l_t - c H_t).
+    """A clipped policy loss, an entropy bonus, a distance to a reference: sum_t w_t (l_t - c H_t + b KL_t).
 
     `name` is the published algorithm; GSPO clips the sequence ratio, GRPO the token ratio. The proximal policy is
     `old_log_probs`, or the current policy itself when a rollout batch is used for one update only (`on_policy`).
@@ -99,6 +100,8 @@ class PolicyGradient:
     clip_high: float
     dual_clip: float | None
     entropy_coeff: float
+    kl_estimator: str | None = None  # of the distance to the reference; None for none
+    kl_coeff: float = 0.0
     temperature: float
     on_policy: bool
 
@@ -109,7 +112,12 @@ class PolicyGradient:
 
     @property
     def field_names(self) -> tuple[str, ...]:
-        return ("weights", "advantages") if self.on_policy else ("weights", "advantages", "old_log_probs")
+        names = ["weights", "advantages"]
+        if not self.on_policy:
+            names.append("old_log_probs")
+        if self.kl_estimator is not None:
+            names.append("ref_log_probs")
+        return tuple(names)
 
     def __call__(self, stats: LinearStats, batch: MicroBatch) -> Outcome:
         logp, entropy = stats.logp, stats.entropy
@@ -138,15 +146,16 @@ class PolicyGradient:
         pg_loss = (weights * terms.loss).sum()
         # The entropy's gradient costs a pass over the vocabulary, so it is not asked for at coefficient zero.
         loss = pg_loss - self.entropy_coeff * (weights * entropy).sum() if self.entropy_coeff else pg_loss
-        return Outcome(
-            loss,
-            {
-                "actor/loss": Sum(float(loss.detach())),
-                "actor/pg_loss": Sum(float(pg_loss.detach())),
-                "actor/entropy": token_mean(entropy),
-                "actor/ppo_kl": token_mean(terms.approx_kl),
-                "actor/pg_clipfrac": token_mean(terms.clipped),
-                "actor/pg_clipfrac_lower": token_mean(terms.clipped_low),
-                "actor/ratio_max": Max(float(terms.ratio.max()) if terms.ratio.numel() else -torch.inf),
-            },
-        )
+        metrics: Metrics = {
+            "actor/pg_loss": Sum(float(pg_loss.detach())),
+            "actor/entropy": token_mean(entropy),
+            "actor/ppo_kl": token_mean(terms.approx_kl),
+            "actor/pg_clipfrac": token_mean(terms.clipped),
+            "actor/pg_clipfrac_lower": token_mean(terms.clipped_low),
+            "actor/ratio_max": Max(float(terms.ratio.max()) if terms.ratio.numel() else -torch.inf),
+        }
+        if self.kl_estimator is not None:
+            kl_loss = (weights * kl(logp, batch.fields["ref_log_probs"], self.kl_estimator)).sum()
+            loss = loss + self.kl_coeff * kl_loss
+            metrics |= {"actor/kl_loss": Sum(float(kl_loss.detach())), "actor/kl_coef": Mean(self.kl_coeff, 1)}
+        return Outcome(loss, metrics | {"actor/loss": Sum(float(loss.detach()))})

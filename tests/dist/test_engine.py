@@ -22,7 +22,7 @@ def sampling(**changes: Any) -> Any:
 
 def answers(directory: str, layout: dict, max_sequences: int, changes: dict, fault: str = "") -> tuple:
     """The groups, and the largest gap to the trainer's log-probabilities."""
-    from megatron_rl.data.samples import from_rollout
+    from megatron_rl.data.samples import from_example
     from megatron_rl.data.tokenizer import load_tokenizer
     from megatron_rl.rollout.hf_engine import HFEngine
     from megatron_rl.rollout.sync import parity_gap, push
@@ -39,7 +39,7 @@ def answers(directory: str, layout: dict, max_sequences: int, changes: dict, fau
     prompts = [Prompt(index=i, text="", token_ids=tuple(ids)) for i, ids in enumerate(PROMPTS)]
     groups = engine.generate(prompts, sampling(**changes))
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    samples = [from_rollout(i, PROMPTS[r.prompt_index], r, 0.0) for i, r in enumerate(rollouts)]
+    samples = [from_example(i, PROMPTS[r.prompt_index], r.token_ids) for i, r in enumerate(rollouts)]
     temperature = sampling(**changes).temperature or 1.0
     trained = worker.log_probs(samples, worker.plan(samples, 4096), temperature)
     return groups, parity_gap(rollouts, trained)

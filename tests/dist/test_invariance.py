@@ -64,6 +64,7 @@ def make_samples(mode: str) -> list:
                 fields={
                     "advantages": torch.full((response,), float(torch.randn((), generator=generator))),
                     "old_log_probs": -5 + 0.5 * torch.randn(response, generator=generator),
+                    "ref_log_probs": -5 + 0.5 * torch.randn(response, generator=generator),
                 },
             )
         )
@@ -80,6 +81,8 @@ def objective(name: str) -> Any:
         clip_high=0.28 if wide else 0.4,
         dual_clip=3.0 if wide else None,
         entropy_coeff=0.01,
+        kl_estimator="k3" if wide else "k2",
+        kl_coeff=0.05,
         temperature=0.9,
         on_policy=False,
     )
@@ -209,6 +212,7 @@ def test_gradient_is_that_of_transformers(model: Path, reference: dict) -> None:
     """An independent, dense computation of the same loss: transformers, one sequence at a time, float64."""
     from transformers import AutoModelForCausalLM
 
+    from megatron_rl.algorithms.kl import kl
     from megatron_rl.algorithms.policy_loss import ppo_clip
 
     dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
@@ -224,7 +228,8 @@ def test_gradient_is_that_of_transformers(model: Path, reference: dict) -> None:
             logp, fields["old_log_probs"], fields["advantages"], clip_low=0.2, clip_high=0.28, dual_clip=3.0
         )
         kept = sample.loss_mask
-        total = total + (fields["weights"] * (terms.loss - 0.01 * entropy))[kept].sum()
+        distance = kl(logp, fields["ref_log_probs"], "k3")
+        total = total + (fields["weights"] * (terms.loss - 0.01 * entropy + 0.05 * distance))[kept].sum()
     total.backward()
     loss, named, _ = reference["grpo"]
     assert loss == pytest.approx(total.item(), rel=1e-5)

@@ -18,8 +18,8 @@ FLOORS = (
     {"parallel"},
     {"models"},
     {"checkpoint"},
-    {"workers", "rollout"},
-    {"trainers", "report"},
+    {"workers", "rollout", "report"},
+    {"trainers"},
     {"cli", "__main__", "launch"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -34,7 +34,7 @@ DOORS = {
     "triton": ("ops.triton",),
 }
 # On the ground floor torch comes late or not at all.
-LAZY_TORCH = "metrics.writer"
+LAZY_TORCH = "metrics.backends"
 NAMELESS_ROOMS = {"utils", "util", "helpers", "helper", "common", "misc"}
 
 
@@ -152,7 +152,7 @@ PLANTED = [
     ("ops.dispatch", "import triton.language as tl", "open to ops.triton only"),
     # Torch on the ground floor.
     ("types", "from torch import Tensor", "types imports torch on the ground floor"),
-    ("metrics.writer", "import torch", "metrics.writer imports torch on the ground floor"),
+    ("metrics.backends", "import torch", "metrics.backends imports torch on the ground floor"),
     ("config.load", "def f() -> None:\n    import torch", "config.load imports torch on the ground floor"),
     # Names and handlers.
     ("utils", "", "a room called utils"),
@@ -180,7 +180,7 @@ ALLOWED = [
     ("rollout.vllm_engine", "def f() -> None:\n    import vllm"),
     ("ops.triton.linear", "import triton\nimport triton.language as tl"),
     ("ops.dispatch", "from megatron_rl.ops.triton import linear"),
-    ("metrics.writer", "def f() -> None:\n    from torch.utils.tensorboard import SummaryWriter"),
+    ("metrics.backends", "def f() -> None:\n    from torch.utils.tensorboard import SummaryWriter"),
     ("types", "import torchless"),
     ("data.chat", "try:\n    f()\nexcept OSError as error:\n    raise ValueError from error"),
 ]

@@ -107,6 +107,22 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
         ["6 tokens", "max_tokens"],
     ),
     "task without size": (lambda folder: None, ["data.train=reasoning-gym:chain_sum"], ["data.task.size"]),
+    "weights that are nowhere": (
+        lambda folder: None,
+        ["model.weights=runs/none"],
+        ["model.weights='runs/none'", "'pretrained'", "'random'"],
+    ),
+    "media": (
+        write("train.jsonl", '{"prompt": "w5", "images": []}\n{"prompt": "w6", "images": ["a.png"]}\n'),
+        [],
+        ["line 2", "'images'", "only text"],
+    ),
+    "unknown key": (lambda folder: None, ["optim.learning=1"], ["unknown key 'optim.learning'", "'optim."]),
+    "key of another trainer": (
+        lambda folder: None,
+        ["data.response_key=answer"],
+        ["unknown key 'data.response_key'", "belongs to trainer 'sft'"],
+    ),
     "unknown task": (
         lambda folder: None,
         ["data.train=reasoning-gym:chain_some", "data.task.size=5"],
@@ -122,6 +138,46 @@ def test_mistakes(folder: Path, capsys: pytest.CaptureFixture, case: str) -> Non
     line = said(capsys, *overrides)
     for word in words:
         assert word in line, line
+
+
+def saved_run(folder: Path, **changes: object) -> None:
+    """A run directory with the checkpoint of a model like the config's, but for `changes`."""
+    from megatron_rl.models.hf_config import load_shape
+
+    checkpoint = folder / "run" / "checkpoints" / "step_00000002"
+    checkpoint.mkdir(parents=True)
+    (checkpoint.parent / "latest").write_text("step_00000002\n")
+    identity = load_shape(folder / "model").identity() | changes
+    state = {"step": 2, "models": {"actor": identity}, "trainer": changes.get("trainer", "grpo"), "state": {}}
+    (checkpoint / "state.json").write_text(json.dumps(state))
+
+
+SAVED: dict[str, tuple[dict, list[str], list[str]]] = {
+    "another model": ({"hidden_size": 128}, [], ["of another model", "hidden_size is 128 there and 64"]),
+    "other rotary frequencies": ({"inv_freq": "0"}, ["model.weights=run"], ["of another model", "inv_freq"]),
+    "another trainer": ({"trainer": "sft"}, [], ["run.dir='run'", "'sft', not 'grpo'", "run.resume=false"]),
+}
+
+
+@pytest.mark.parametrize("case", SAVED)
+def test_checkpoints_that_do_not_fit(folder: Path, capsys: pytest.CaptureFixture, case: str) -> None:
+    changes, overrides, words = SAVED[case]
+    saved_run(folder, **changes)
+    line = said(capsys, *overrides)
+    for word in words:
+        assert word in line, line
+
+
+def test_a_run_that_fits_is_accepted(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    saved_run(folder)
+    assert main(["check", "config.yaml", "model.weights=run"]) == 0
+    assert main(["check", "config.yaml", "model.weights=random"]) == 0
+    assert "parameters in model" in capsys.readouterr().out
+
+
+def test_evaluation_needs_problems(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["eval", "config.yaml"]) == 2
+    assert capsys.readouterr().err == "megatron-rl: eval needs held-out problems: set data.val\n"
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

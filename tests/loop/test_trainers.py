@@ -131,7 +131,7 @@ def test_a_continued_grpo_run_is_the_uninterrupted_one(
         layout,
         "train.steps=4",
         "train.batch_size=8",
-        "train.updates_per_step=2",
+        "train.mini_batches_per_step=2",
         "rollout.parity_every=2",
         "eval.every=2",
         "eval.limit=20",

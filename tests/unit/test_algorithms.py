@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megatron_rl.algorithms.advantages import grpo
 from megatron_rl.algorithms.importance import log_ratio, sequence_ratio, sequence_token_ratio
+from megatron_rl.algorithms.kl import kl
 from megatron_rl.algorithms.policy_loss import PolicyLoss, gspo, ppo_clip
 from megatron_rl.algorithms.reduction import token_weights
 
@@ -228,3 +229,48 @@ class TestReduction:
         for horizon in (None, 0):
             with pytest.raises(ValueError, match=f"horizon, which is {horizon}"):
                 token_weights(self.MASKS, "seq-mean-token-sum-norm", horizon=horizon)
+
+
+class TestKl:
+    """Estimators of the distance to a reference, with d = ref_logp - logp."""
+
+    LOGP, REF = vector(-1.0, -2.0, -0.5), vector(-1.5, -1.0, -0.5)
+
+    def test_by_hand(self) -> None:
+        assert_close(kl(self.LOGP, self.REF, "k1"), 0.5, -1.0, 0.0)
+        assert_close(kl(self.LOGP, self.REF, "k2"), 0.125, 0.5, 0.0)
+        assert_close(kl(self.LOGP, self.REF, "k3"), math.exp(-0.5) - 0.5, math.e - 2, 0.0)
+
+    @pytest.mark.parametrize(
+        ("estimator", "slopes"),
+        [("k1", (1.0, 1.0, 1.0)), ("k2", (0.5, -1.0, 0.0)), ("k3", (1 - math.exp(-0.5), 1 - math.e, 0.0))],
+    )
+    def test_slopes(self, estimator: str, slopes: tuple[float, ...]) -> None:
+        """Closed forms, and central differences."""
+        leaf = self.LOGP.clone().requires_grad_()
+        kl(leaf, self.REF, estimator).sum().backward()
+        assert leaf.grad is not None
+        assert_close(leaf.grad, *slopes)
+        step = 1e-5
+        numeric = (kl(self.LOGP + step, self.REF, estimator) - kl(self.LOGP - step, self.REF, estimator)) / (2 * step)
+        torch.testing.assert_close(leaf.grad, numeric, rtol=1e-8, atol=1e-9)
+
+    def test_k3_is_bounded_and_flat_beyond_its_bounds(self) -> None:
+        """exp(d) - 1 - d passes 10 near d = 2.61; towards minus infinity it grows as -d and reaches 10 at -11."""
+        leaf = vector(0.0, 0.0, 0.0, 0.0, 0.0).requires_grad_()
+        values = kl(leaf, vector(2.6, 2.62, 50.0, -10.9, -50.0), "k3")
+        values.sum().backward()
+        values = values.detach()
+        assert_close(values[1:3], 10, 10)
+        assert values[0] < 10 and float(values[3]) == pytest.approx(9.9, abs=1e-4) and values[4] == 10
+        assert leaf.grad is not None and leaf.grad[[1, 2, 4]].tolist() == [0, 0, 0]
+        assert float(leaf.grad[0]) == pytest.approx(1 - math.exp(2.6)) and float(leaf.grad[3]) == pytest.approx(1 - math.exp(-10.9))
+
+    def test_means_over_samples_of_the_policy(self) -> None:
+        """E[k1] = E[k3] = KL(policy || reference), exactly, for a distribution summed over all its tokens."""
+        policy, reference = vector(0.5, 0.3, 0.2), vector(0.2, 0.3, 0.5)
+        true = (policy * (policy / reference).log()).sum()
+        for estimator in ("k1", "k3"):
+            mean = (policy * kl(policy.log(), reference.log(), estimator)).sum()
+            torch.testing.assert_close(mean, true, rtol=1e-12, atol=0)
+        assert kl(vector(), vector(), "k3").numel() == 0

@@ -74,17 +74,25 @@ def test_incomplete_directories_are_named(source: Path, tmp_path: Path) -> None:
         ({"model_type": "gpt2"}, "model_type='gpt2' is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"attention_bias": True}, "attention_bias=true"),
+        ({"mlp_bias": True}, "mlp_bias=true"),
+        ({"model_type": "mistral"}, "model_type='mistral' is not supported"),
+        ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window=true"),
+        ({"model_type": "qwen3", "use_sliding_window": True}, "use_sliding_window=true"),
+        (
+            {"model_type": "qwen3", "num_hidden_layers": 1, "layer_types": ["sliding_attention"]},
+            "layer_types .* has 'sliding_attention'",
+        ),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "rope_type='linear'"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope_type='yarn'"),
     ],
 )
 def test_models_that_would_be_wrong_are_refused(changes: dict, message: str) -> None:
-    from transformers import GPT2Config, LlamaConfig
+    from transformers import AutoConfig
 
     from megatron_rl.models.hf_config import model_shape
 
-    kind = GPT2Config if "model_type" in changes else LlamaConfig
     with pytest.raises(ValueError, match=message):
-        model_shape(kind(**{k: v for k, v in changes.items() if k != "model_type"}))
+        model_shape(AutoConfig.for_model(**({"model_type": "llama"} | changes)))
 
 
 def test_no_config_is_said(tmp_path: Path) -> None:

@@ -38,12 +38,13 @@ SILENT = RolloutGroup(prompt=PROMPT, rollouts=(rollout(0, (1,)),) * 2, rewards=(
 
 
 def test_samples_keep_tokens_and_drop_the_unjudged() -> None:
-    from megatron_rl.trainers.grpo import group_advantages, to_samples
+    from megatron_rl.trainers.grpo import group_advantages, reward_values, to_samples
 
-    values = group_advantages([GROUP, SILENT], normalize_by_std=True)
+    groups = [GROUP, SILENT]
+    values = group_advantages(groups, reward_values(groups), normalize_by_std=True)
     # 1.0, 0.2 and 0.6 have mean 0.6 and unbiased deviation 0.4.
     assert values.tolist() == pytest.approx([1, -1, 0, 0, 0, 0], abs=1e-5)
-    samples = to_samples([GROUP, SILENT], values)
+    samples = [s.with_constant("advantages", v) for s, v in zip(to_samples(groups), values.tolist())]
     assert [sample.id for sample in samples] == [0, 1, 2, 3, 4, 5]
     assert samples[0].token_ids.tolist() == [7, 8, 9, 1, 2]
     assert samples[0].fields["advantages"].tolist() == pytest.approx([1.0, 1.0], abs=1e-5)
@@ -51,6 +52,19 @@ def test_samples_keep_tokens_and_drop_the_unjudged() -> None:
     weights = weighed(samples, "token-mean")
     assert sum(float(sample.fields["weights"].sum()) for sample in weights) == pytest.approx(1.0)
     assert not weights[2].fields["weights"].any()
+
+
+def test_distance_to_the_reference_counts_loss_tokens_only() -> None:
+    from megatron_rl.trainers.grpo import sample_kl
+
+    sample = from_example(0, [5], [6, 7])
+    near = sample.with_loss_field("old_log_probs", torch.tensor([-1.0, -2.0])).with_loss_field(
+        "ref_log_probs", torch.tensor([-1.5, -1.0])
+    )
+    (k1,), (k2,), (k3,) = (sample_kl([near], name) for name in ("k1", "k2", "k3"))
+    assert k1.tolist() == [0.5, -1.0] and k2.tolist() == [0.125, 0.5] and k1.dtype == torch.float64
+    assert k3.tolist() == pytest.approx([math.exp(-0.5) - 0.5, math.e - 2])
+    assert [d.numel() for d in sample_kl([near.without_loss()], "k3")] == [0]
 
 
 def test_fields_known_at_loss_tokens_only() -> None:

@@ -259,3 +259,24 @@ def test_bad_tasks(gym: Any) -> None:
     with pytest.raises(ValueError, match="has no 'problem'; its fields are"):
         encode = PromptEncoder(tokenizer=TOKENIZER, max_prompt_tokens=9, prompt_key="problem")
         Source(load_rows("reasoning-gym:chain_sum", size=2), encode, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("columns", "named"),
+    [
+        ({"images": [], "videos": None, "multi_modal_data": {"image": [], "audio": {}}, "image": ""}, None),
+        ({"images": ["a.png"]}, "images"),
+        ({"multi_modal_data": {"image": [], "video": [[], [b"x"]]}}, "multi_modal_data"),
+        ({"audio": "a.wav"}, "audio"),
+        ({"image": 0}, "image"),
+    ],
+)
+def test_media_must_be_empty(columns: dict, named: str | None) -> None:
+    """Columns of mixed datasets may be there; what is in them would be trained without."""
+    from megatron_rl.data.media import refuse_media
+
+    if named is None:
+        refuse_media({"prompt": "q", **columns})
+    else:
+        with pytest.raises(ValueError, match=f"'{named}' is not empty, and only text is supported"):
+            refuse_media({"prompt": "q", **columns})

@@ -10,13 +10,17 @@ from megatron_rl.models.hf_map import Rule
 class Family:
     """A family's weight map and what its layers have beside Llama's."""
 
+    name: str  # `model_type` in the config
     rules: tuple[Rule, ...]
     qkv_bias: bool = False
     qk_norm: bool = False
 
 
 FAMILIES = {
-    "llama": Family(rules=llama.RULES),
-    "qwen2": Family(rules=qwen2.RULES, qkv_bias=True),
-    "qwen3": Family(rules=qwen3.RULES, qk_norm=True),
+    family.name: family
+    for family in (
+        Family(name="llama", rules=llama.RULES),
+        Family(name="qwen2", rules=qwen2.RULES, qkv_bias=True),
+        Family(name="qwen3", rules=qwen3.RULES, qk_norm=True),
+    )
 }
