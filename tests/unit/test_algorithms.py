@@ -264,7 +264,9 @@ class TestKl:
         assert_close(values[1:3], 10, 10)
         assert values[0] < 10 and float(values[3]) == pytest.approx(9.9, abs=1e-4) and values[4] == 10
         assert leaf.grad is not None and leaf.grad[[1, 2, 4]].tolist() == [0, 0, 0]
-        assert float(leaf.grad[0]) == pytest.approx(1 - math.exp(2.6)) and float(leaf.grad[3]) == pytest.approx(1 - math.exp(-10.9))
+        assert float(leaf.grad[0]) == pytest.approx(1 - math.exp(2.6)) and float(leaf.grad[3]) == pytest.approx(
+            1 - math.exp(-10.9)
+        )
 
     def test_means_over_samples_of_the_policy(self) -> None:
         """E[k1] = E[k3] = KL(policy || reference), exactly, for a distribution summed over all its tokens."""
