@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_rl.config.load import load_config
 from megatron_rl.config.schema import SCHEMAS
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "examples").rglob("*.yaml"))
+SWEEPS = sorted((ROOT / "tools" / "sweeps").glob("*.yaml"))
 
 
 def fields(schema: type) -> Iterator[tuple[str, str]]:
@@ -52,3 +54,11 @@ def test_few_options(trainer: str) -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=[str(path.relative_to(ROOT)) for path in CONFIGS])
 def test_shipped_configs_are_valid(path: Path) -> None:
     load_config(path)
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=[path.stem for path in SWEEPS])
+def test_every_case_of_a_sweep_is_valid(path: Path) -> None:
+    sweep = yaml.safe_load(path.read_text())
+    assert len(sweep["cases"]) > 1 and sweep["seeds"]
+    for overrides in sweep["cases"].values():
+        load_config(ROOT / sweep["config"], overrides)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from megatron_rl.ops import linear_stats as operator
 from megatron_rl.ops import reference
 from megatron_rl.ops.linear_stats import linear_stats
 from megatron_rl.ops.vocab_shard import VocabShard
@@ -215,8 +216,10 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_more_than_a_chunk_of_logits_exists(dtype: torch.dtype) -> None:
+def test_no_more_than_a_chunk_of_logits_exists(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Above the size that is kept."""
     n, h, chunk = 512, 4, 64
+    monkeypatch.setattr(operator, "KEPT_BYTES", 0)
     hidden, weight, labels, _, _ = inputs(dtype, n=n, h=h)
     with Largest() as dense:
         sum(reference.linear_stats(hidden, weight, labels)).sum().backward()
@@ -226,7 +229,30 @@ def test_no_more_than_a_chunk_of_logits_exists(dtype: torch.dtype) -> None:
     assert ours.numel == n * chunk
 
 
-def test_nothing_of_the_vocabulary_is_kept_for_backward() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kept_logits_change_nothing(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits whether the logits are kept, or forgotten and computed again; and nothing is kept of the latter."""
+
+    def run() -> tuple[list[Tensor], int]:
+        hidden, weight, labels, *_ = inputs(dtype)
+        stats = linear_stats(hidden, weight, labels, shard=VocabShard(0, V), temperature=0.7, chunk=16)
+        node: Any = stats.logp.grad_fn
+        held = sum(logits.numel() for logits in node.kept or [])
+        assert stats.entropy is not None
+        (stats.logp.sum() + stats.entropy.sum()).backward()
+        assert hidden.grad is not None and weight.grad is not None and node.kept is None
+        return [stats.logp, stats.entropy, hidden.grad, weight.grad], held
+
+    kept, held = run()
+    assert held == N * V
+    monkeypatch.setattr(operator, "KEPT_BYTES", N * V * kept[2].element_size() - 1)
+    forgotten, held = run()
+    assert held == 0
+    for a, b in zip(kept, forgotten, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_nothing_else_of_the_vocabulary_is_saved_for_backward() -> None:
     hidden, weight, labels, _, _ = inputs()
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):

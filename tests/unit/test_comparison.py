@@ -1,0 +1,43 @@
+"""Curves of several cases and seeds: what is read from the table is what is drawn."""
+
+from pathlib import Path
+
+import matplotlib.figure
+import numpy as np
+import pytest
+
+from megatron_rl.report.comparison import FIELDS, plot_comparison, read_curves
+
+TABLE = """case,seed,step,accuracy,seconds,date
+b,1,0,0.25,0.0,2026-01-02
+b,1,10,0.50,3.5,2026-01-02
+a,1,0,0.25,0.0,2026-01-02
+a,1,10,0.75,3.5,2026-01-02
+b,2,0,0.25,0.0,2026-01-02
+b,2,10,1.00,3.5,2026-01-02
+"""
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    path = tmp_path / "curves.csv"
+    path.write_text(TABLE)
+    return path
+
+
+def test_cases_stay_in_order_and_seeds_together(table: Path) -> None:
+    assert TABLE.splitlines()[0].split(",") == list(FIELDS)
+    curves = read_curves(table)
+    assert list(curves) == ["b", "a"]
+    assert dict(curves["b"]) == {0: [0.25, 0.25], 10: [0.5, 1.0]}
+
+
+def test_line_is_the_mean_and_band_the_range(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[matplotlib.figure.Figure] = []
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda figure, *a, **k: saved.append(figure))
+    plot_comparison(table, tmp_path / "c.png", title="t")
+    (panel,) = saved[0].axes
+    lines = {line.get_label(): np.column_stack(line.get_data()).tolist() for line in panel.lines}
+    assert lines == {"b (2 seeds)": [[0, 0.25], [10, 0.75]], "a (1 seeds)": [[0, 0.25], [10, 0.75]]}
+    band = panel.collections[0].get_paths()[0].vertices
+    assert band[band[:, 0] == 10][:, 1].min() == 0.5 and band[band[:, 0] == 10][:, 1].max() == 1.0

@@ -1,0 +1,76 @@
+"""Run the cases of a sweep, one after the other, and keep their learning curves.
+
+    python tools/sweep.py tools/sweeps/layouts.yaml
+
+A sweep names a config, the `a.b=c` overrides of each case, and seeds. Every run that ends appends its evaluations to
+`curves.csv` in the sweep's folder of results; a run that is there already is not run again, so that an interrupted
+sweep goes on where it stopped. `curves.png` beside it is drawn anew each time.
+"""
+
+import argparse
+import csv
+import datetime
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_rl.report.comparison import FIELDS, plot_comparison
+
+
+def finished(table: Path) -> set[tuple[str, int]]:
+    """The (case, seed) pairs that the table holds."""
+    if not table.exists():
+        return set()
+    with table.open(newline="") as lines:
+        return {(row["case"], int(row["seed"])) for row in csv.DictReader(lines)}
+
+
+def run(config: Path, overrides: list[str], run_dir: Path) -> list[dict[str, Any]]:
+    """Trains as anybody would; the steps that were evaluated."""
+    command = [sys.executable, "-m", "megatron_rl", "train", str(config), *overrides, f"run.dir={run_dir}"]
+    if code := subprocess.run(command, check=False).returncode:
+        raise SystemExit(code)
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "val/accuracy" in row]
+
+
+def append(table: Path, case: str, seed: int, rows: list[dict[str, Any]]) -> None:
+    """One line per evaluation. All lines of a run are written at once."""
+    new = not table.exists()
+    date = datetime.datetime.now(datetime.UTC).date().isoformat()
+    seconds = 0.0
+    with table.open("a", newline="") as lines:
+        writer = csv.writer(lines)
+        if new:
+            writer.writerow(FIELDS)
+        for row in rows:
+            seconds = row["time"] - rows[0]["time"]
+            writer.writerow([case, seed, row["step"], f"{row['val/accuracy']:.4f}", f"{seconds:.1f}", date])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sweep", type=Path)
+    path = parser.parse_args().sweep
+    sweep = yaml.safe_load(path.read_text())
+    results = Path(sweep["results"])
+    results.mkdir(parents=True, exist_ok=True)
+    table = results / "curves.csv"
+    done = finished(table)
+    for seed in sweep["seeds"]:
+        for case, overrides in sweep["cases"].items():
+            if (case, seed) in done:
+                continue
+            print(f"\n== {path.stem}: {case}, seed {seed}", flush=True)
+            run_dir = Path(sweep["runs"]) / f"{case}_{seed}"
+            append(table, case, seed, run(Path(sweep["config"]), [*overrides, f"train.seed={seed}"], run_dir))
+    plot_comparison(table, results / "curves.png", title=sweep["title"])
+    print(f"\n{table}\n{results / 'curves.png'}")
+
+
+if __name__ == "__main__":
+    main()
