@@ -1,4 +1,4 @@
-"""The command line: `megatron-rl train|eval|check CONFIG [a.b=c ...]`."""
+"""The command line: `megatron-rl train|eval|check|verify CONFIG [a.b=c ...]`."""
 
 import argparse
 import sys
@@ -13,6 +13,7 @@ VERBS = {
     "train": "train, on this machine's processes or under torchrun",
     "eval": "answer the held-out problems once, with the run's latest checkpoint or what it would start from",
     "check": "say what `train` would do, and what is wrong, without training",
+    "verify": "show that this config's gradient is the same under every layout that fits this machine",
 }
 
 
@@ -29,19 +30,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         loaded = load(options.config, options.overrides)
-        look(loaded, options.verb)
+        if options.verb != "verify":
+            look(loaded, options.verb)
     except ValueError as error:
         return mistake(error)
     if options.verb == "check":
         return 0
-    count = torchrun.processes(loaded.config.parallel)
+    count = torchrun.processes(loaded.config.parallel) if options.verb != "verify" else torchrun.ranks_of_machine()
     if count > 1 and not torchrun.under_torchrun():
         return torchrun.launch(count, arguments)
     try:
-        work(loaded.config, options.verb)
+        return work(loaded.config, options.verb)
     except ConfigError as error:
         return mistake(error)
-    return 0
 
 
 def mistake(error: ValueError) -> int:
@@ -65,8 +66,12 @@ def look(loaded: Loaded, verb: str) -> None:
         print(describe(loaded, findings))
 
 
-def work(config: Config, verb: str) -> None:
-    """Trains or evaluates, in this process and those beside it."""
+def work(config: Config, verb: str) -> int:
+    """Does what the verb says, in this process and those beside it; the exit code."""
+    if verb == "verify":
+        from megatron_rl.trainers.verify import verify
+
+        return verify(config)
     if verb == "eval":
         from megatron_rl.trainers.evaluate import evaluate
 
@@ -75,3 +80,4 @@ def work(config: Config, verb: str) -> None:
         from megatron_rl.trainers.run import run
 
         run(config)
+    return 0

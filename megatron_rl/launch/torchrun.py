@@ -30,6 +30,13 @@ def processes(parallel: ParallelConfig) -> int:
     return parallel.tp * parallel.pp * (parallel.dp or 1)
 
 
+def ranks_of_machine() -> int:
+    """One rank per GPU; without any, as many as cut a model along two axes."""
+    import torch
+
+    return torch.cuda.device_count() or 4
+
+
 def launch(count: int, arguments: Sequence[str]) -> int:
     """Runs this command in `count` processes on this node; returns the exit code of the first that fails, or 0.
 

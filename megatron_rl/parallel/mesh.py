@@ -5,6 +5,7 @@ tensor-parallel ranks are neighbours, then data-parallel, then pipeline stages.
 """
 
 import datetime
+import functools
 import os
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ from megatron_rl.parallel.device import ON_CPU, backend, device, seed_everything
 # isort: split
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
+
+TIMEOUT = datetime.timedelta(minutes=10)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,17 +73,25 @@ class Mesh:
         return ProcessGroupCollection.use_mpu_process_groups()
 
 
-def join_world(timeout_s: float = 600.0) -> None:
-    """Joins the processes that torchrun started, or makes a world of one when there is no torchrun."""
+@functools.cache
+def _meeting_place() -> tuple[dist.Store, int, int]:
+    """torchrun's key-value store, this process's rank, and the number of processes."""
+    return next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
+
+
+def join_world(name: str = "world", *, alone: bool = False) -> None:
+    """Joins the processes that torchrun started; without torchrun, or `alone`, it makes a world of one.
+
+    A world that has been left can be joined again under another `name`: its old addresses lie in torchrun's store.
+    """
     if dist.is_initialized():
         return
-    timeout = datetime.timedelta(seconds=timeout_s)
     if not ON_CPU:
         torch.cuda.set_device(device())
-    if "RANK" in os.environ:
-        dist.init_process_group(backend(), timeout=timeout)
-    else:
-        dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    store, rank, world = (dist.HashStore(), 0, 1) if alone or "RANK" not in os.environ else _meeting_place()
+    dist.init_process_group(
+        backend(), store=dist.PrefixStore(name, store), rank=rank, world_size=world, timeout=TIMEOUT
+    )
 
 
 def create_mesh(

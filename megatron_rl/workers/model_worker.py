@@ -1,5 +1,6 @@
 """One Megatron model under training: forward_backward, step, saved state."""
 
+import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -82,6 +83,7 @@ class ModelWorker(ShardedModel):
                     self.mesh,
                     temperature=objective.temperature,
                     entropy=objective.entropy,
+                    chunk=self.vocabulary_chunk,
                 )
                 return objective(stats, batch)
 
@@ -132,6 +134,16 @@ class ModelWorker(ShardedModel):
         self.scheduler.num_steps = 0
         self.scheduler.load_state_dict(state["scheduler"])
         self.version = state["version"]
+
+    def close(self) -> None:
+        """Frees the buffers and process groups of a worker that the process is to outlive.
+
+        Megatron's DDP is held by the hooks on its own parameters, in a circle that Python cannot see.
+        """
+        for chunk in self.chunks:
+            vars(chunk).clear()
+        self.chunks = []
+        gc.collect()
 
     def _complete_gradients(self) -> None:
         """After reduce-scatter each data-parallel rank holds its shard of the buffer; this fills in the rest."""

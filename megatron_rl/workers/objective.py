@@ -26,7 +26,14 @@ from megatron.core.tensor_parallel import (
 
 
 def token_stats(
-    model: LanguageModel, hidden: Tensor, batch: MicroBatch, mesh: Mesh, *, temperature: float, entropy: bool
+    model: LanguageModel,
+    hidden: Tensor,
+    batch: MicroBatch,
+    mesh: Mesh,
+    *,
+    temperature: float,
+    entropy: bool,
+    chunk: int,
 ) -> LinearStats:
     """Log-probability [N], and entropy [N] if asked for, of the micro-batch's loss-bearing tokens.
 
@@ -44,6 +51,7 @@ def token_stats(
         shard=model.shard,
         temperature=temperature,
         entropy=entropy,
+        chunk=chunk,
     )
 
 

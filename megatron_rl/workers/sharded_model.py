@@ -42,6 +42,7 @@ class ShardedModel:
         self.config = self.models[0].config
         self.chunks: list[Any] = list(self.models)
         self.version = 0
+        self.vocabulary_chunk = 1024  # columns of the lm-head that are computed at once
         self._load(model)
 
     def _load(self, model: ModelConfig) -> None:
@@ -119,7 +120,15 @@ class ShardedModel:
 
         def step(chunk: Any, batch: MicroBatch) -> tuple[Tensor, LossFunction]:
             def measure(hidden: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
-                stats = token_stats(self.models[-1], hidden, batch, self.mesh, temperature=temperature, entropy=False)
+                stats = token_stats(
+                    self.models[-1],
+                    hidden,
+                    batch,
+                    self.mesh,
+                    temperature=temperature,
+                    entropy=False,
+                    chunk=self.vocabulary_chunk,
+                )
                 return hidden.sum(), scatter_back(stats.logp.cpu(), batch)
 
             return self._forward(chunk, batch), measure

@@ -7,26 +7,30 @@ package does not have, or does differently by design, raises NotImplementedError
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_rl.algorithms import advantages, policy_loss
+from megatron_rl.algorithms.kl import kl
 from megatron_rl.algorithms.policy_loss import PolicyLoss
 from megatron_rl.algorithms.reduction import MODES, token_weights
+from megatron_rl.data.collate import MicroBatch
 from megatron_rl.ops.linear_stats import LinearStats, linear_stats
 from megatron_rl.ops.vocab_shard import VocabShard
 
 Arrays = dict[str, np.ndarray]
 Params = dict[str, Any]
-Result = dict[str, np.ndarray | float]
+Result = dict[str, Any]  # arrays and numbers
 
 # Denominators of verl and NeMo are count + 1e-8, ours are the counts.
 _EPSILON = 1e-8
 # Within these bounds on |logp - old_logp| no ratio is clamped, neither per token nor per sequence.
 _MAX_LOG_RATIO, _MAX_SEQUENCE_LOG_RATIO = 20.0, 10.0
+# Within these bounds on ref_logp - logp the estimate k3 is below 10, where it is bounded.
+_MIN_K3_LOG_RATIO, _MAX_K3_LOG_RATIO = -10.9, 2.6
 
 
 def _unsupported(condition: bool, reason: str) -> None:
@@ -227,75 +231,6 @@ def _verl_policy_loss(by_sequence: bool) -> Callable[[Arrays, Params], Result]:
     return run
 
 
-def _trl_weights(mask: np.ndarray, loss_type: str, horizon: int | None) -> Tensor:
-    """The reductions of TRL, which Liger follows; their means over rows count those without tokens too."""
-    modes = {
-        "grpo": "seq-mean-token-mean",
-        "bnpo": "token-mean",
-        "dapo": "token-mean",
-        "dr_grpo": "seq-mean-token-sum-norm",
-    }
-    _unsupported(loss_type not in modes, f"no loss like {loss_type}")
-    by_row = loss_type in ("grpo", "dr_grpo")
-    _unsupported(by_row and not mask.any(1).all(), "a sequence without tokens is not counted in the mini-batch")
-    return _weights(mask, modes[loss_type], horizon=horizon)
-
-
-def _trl_grpo_loss(inputs: Arrays, params: Params) -> Result:
-    _unsupported("importance_sampling_ratio" in inputs, "no rollout correction")
-    _only_neutral(params, beta=0.0, delta=None, opsm=None, quant=1.0, vllm=False, entc=0.0, bias=False, gas=1)
-    low, high = params["eps"]
-    return _trl_case(inputs, params["loss_type"], inputs["mask"].shape[1], params["level"], low, high)
-
-
-def _liger_grpo_loss(inputs: Arrays, params: Params) -> Result:
-    _unsupported("importance_sampling_ratio" in inputs, "no rollout correction")
-    _only_neutral(params, beta=0.0, delta=None)
-    horizon, level = params.get("max_completion_length"), params.get("importance_sampling_level", "token")
-    low, high = params.get("epsilon_low", 0.2), params.get("epsilon_high", 0.2)
-    return _trl_case(inputs, params["loss_type"], horizon, level, low, high)
-
-
-def _trl_case(inputs: Arrays, loss_type: str, horizon: int | None, level: str, low: float, high: float) -> Result:
-    mask = inputs["mask"] > 0
-    logp, old_logp, by_sequence = inputs["log_prob"], inputs["old_log_prob"], level == "sequence"
-    weights = _trl_weights(mask, loss_type, horizon)
-    _refuse_clamped(logp, old_logp, mask, by_sequence)
-    clip: Params = {"clip_low": low, "clip_high": high} | ({} if by_sequence else {"dual_clip": None})
-    advantage = inputs["advantages"][:, None]
-    return _policy_case(logp, old_logp, advantage, mask, weights, by_sequence=by_sequence, **clip)[0]
-
-
-def _nemo_clipped_pg(inputs: Arrays, params: Params) -> Result:
-    _unsupported(params.get("reference_policy_kl_penalty", 0.01) != 0, "no KL penalty")
-    _only_neutral(
-        params,
-        disable_ppo_ratio=False,
-        force_on_policy_ratio=False,
-        truncated_importance_sampling_ratio=None,
-        use_cispo=False,
-        use_importance_sampling_correction=False,
-    )
-    mask = (inputs["token_mask"] * inputs["sample_mask"][:, None]) > 0
-    by_token, by_sequence = params.get("token_level_loss", True), params.get("sequence_level_importance_ratios", False)
-    logp, old_logp, advantage = inputs["log_prob"], inputs["old_log_prob"], inputs["advantages"]
-    _refuse_clamped(logp, old_logp, mask, by_sequence)
-    if by_token:
-        weights = _weights(mask, "token-mean")
-    else:
-        idle = bool((inputs["sample_mask"] > mask.any(1)).any())
-        _unsupported(idle, "a sequence without tokens is not counted in the mini-batch")
-        sequences = mask.any(1).sum()
-        weights = _as_verl(_weights(mask, "seq-mean-token-mean"), mask) * (sequences / (sequences + _EPSILON))
-    clip = {"clip_low": params.get("ratio_clip_min", 0.2), "clip_high": params.get("ratio_clip_max", 0.2)}
-    if by_sequence:
-        varies = any(len(np.unique(row[kept])) > 1 for row, kept in zip(advantage, mask))
-        _unsupported(varies, "a token's gradient is of its own advantage, not of the mean over its sequence")
-    else:
-        clip["dual_clip"] = params.get("ratio_clip_c")
-    return _policy_case(logp, old_logp, advantage, mask, weights, by_sequence=by_sequence, **clip)[0]
-
-
 def _slime_policy_loss(inputs: Arrays, params: Params) -> Result:
     """The loss as a function of old_logp - logp."""
     leaf = torch.from_numpy(inputs["ppo_kl"]).requires_grad_()
@@ -337,6 +272,192 @@ def _cs336_grpo_microbatch_train_step(inputs: Arrays, params: Params) -> Result:
     clip = {"clip_low": params["cliprange"], "clip_high": params["cliprange"], "dual_clip": None}
     advantage = inputs["advantages"]
     return _policy_case(logp, old_logp, advantage, mask, weights, name="policy_log_probs", **clip)[0]
+
+
+# Policy losses with an entropy bonus and a distance to a reference
+
+
+def _objective_case(
+    inputs: Arrays, advantage: np.ndarray, mask: np.ndarray, weights: Tensor, *, by_sequence: bool, **options: Any
+) -> Result:
+    """The loss and its gradient by the objective that models are trained on; `options` are its coefficients."""
+    # Megatron is slow to import, and the other cases do without.
+    from megatron_rl.workers.objective import PolicyGradient
+
+    name: Literal["grpo", "gspo"] = "gspo" if by_sequence else "grpo"
+    objective = PolicyGradient(name=name, temperature=1.0, on_policy=False, **options)
+    leaf = _flat(inputs["log_prob"], mask).requires_grad_()
+    fields = {
+        "weights": weights[torch.from_numpy(mask)],
+        "advantages": _flat(advantage, mask),
+        "old_log_probs": _flat(inputs["old_log_prob"], mask),
+    }
+    if objective.kl_estimator is not None:
+        fields["ref_log_probs"] = _flat(inputs["ref_log_prob"], mask)
+    entropy = _flat(inputs["entropies"], mask) if objective.entropy_coeff else torch.zeros_like(leaf)
+    loss = objective(LinearStats(leaf, entropy), _micro_batch(mask, fields)).loss
+    loss.backward()
+    return {"out.loss": loss.item(), "grad.loss.log_prob": _scattered(leaf, mask)}
+
+
+def _micro_batch(mask: np.ndarray, fields: dict[str, Tensor]) -> MicroBatch:
+    """The rows of the mask as sequences, of which only what an objective reads is filled in."""
+    unread = torch.empty(0, dtype=torch.int64)
+    return MicroBatch(
+        tokens=unread,
+        position_ids=unread,
+        cu_seqlens=unread,
+        max_seqlen=0,
+        loss_positions=unread,
+        labels=unread,
+        sequence_ids=_ids(mask),
+        num_sequences=len(mask),
+        sample_ids=(),
+        fields=fields,
+    )
+
+
+def _trl_weights(mask: np.ndarray, loss_type: str, horizon: int | None) -> Tensor:
+    """The reductions of TRL, which Liger follows; their means over rows count those without tokens too."""
+    modes = {
+        "grpo": "seq-mean-token-mean",
+        "bnpo": "token-mean",
+        "dapo": "token-mean",
+        "dr_grpo": "seq-mean-token-sum-norm",
+    }
+    _unsupported(loss_type not in modes, f"no loss like {loss_type}")
+    by_row = loss_type in ("grpo", "dr_grpo")
+    _unsupported(by_row and not mask.any(1).all(), "a sequence without tokens is not counted in the mini-batch")
+    return _weights(mask, modes[loss_type], horizon=horizon)
+
+
+def _trl_grpo_loss(inputs: Arrays, params: Params) -> Result:
+    _unsupported("importance_sampling_ratio" in inputs, "no rollout correction")
+    _only_neutral(params, delta=None, opsm=None, quant=1.0, vllm=False, bias=False, gas=1)
+    low, high = params["eps"]
+    loss_type, beta, bonus = params["loss_type"], params.get("beta") or 0.0, params.get("entc") or 0.0
+    _unsupported(bonus != 0 and "entropies" not in inputs, "no entropies to reward")
+    by_token = loss_type in ("bnpo", "dapo")
+    _unsupported(bonus != 0 and not by_token, "the entropy is averaged like the loss, not always over tokens")
+    options = {"clip_low": low, "clip_high": high, "kl_coeff": beta, "entropy_coeff": bonus}
+    return _trl_case(inputs, loss_type, inputs["mask"].shape[1], params["level"], options)
+
+
+def _liger_grpo_loss(inputs: Arrays, params: Params) -> Result:
+    _unsupported("importance_sampling_ratio" in inputs, "no rollout correction")
+    _only_neutral(params, delta=None)
+    horizon, level = params.get("max_completion_length"), params.get("importance_sampling_level", "token")
+    low, high = params.get("epsilon_low", 0.2), params.get("epsilon_high", 0.2)
+    options = {"clip_low": low, "clip_high": high, "kl_coeff": params.get("beta", 0.04), "entropy_coeff": 0.0}
+    return _trl_case(inputs, params["loss_type"], horizon, level, options)
+
+
+def _trl_case(inputs: Arrays, loss_type: str, horizon: int | None, level: str, options: Params) -> Result:
+    mask, by_sequence = inputs["mask"] > 0, level == "sequence"
+    weights = _trl_weights(mask, loss_type, horizon)
+    _refuse_clamped(inputs["log_prob"], inputs["old_log_prob"], mask, by_sequence)
+    estimator = "k3" if options["kl_coeff"] else None
+    if estimator:
+        _unsupported("ref_log_prob" not in inputs, "no reference")
+        _refuse_bounded_k3(inputs["log_prob"], inputs["ref_log_prob"], mask)
+    advantage = inputs["advantages"][:, None]
+    options = options | {"kl_estimator": estimator, "dual_clip": None}
+    return _objective_case(inputs, advantage, mask, weights, by_sequence=by_sequence, **options)
+
+
+def _nemo_weights(inputs: Arrays, mask: np.ndarray, by_token: bool) -> Tensor:
+    if by_token:
+        return _weights(mask, "token-mean")
+    idle = bool((inputs["sample_mask"] > mask.any(1)).any())
+    _unsupported(idle, "a sequence without tokens is not counted in the mini-batch")
+    sequences = mask.any(1).sum()
+    return _as_verl(_weights(mask, "seq-mean-token-mean"), mask) * (sequences / (sequences + _EPSILON))
+
+
+def _nemo_kl(inputs: Arrays, params: Params, mask: np.ndarray) -> Params:
+    """The options of NeMo's distance to the reference, where it is ours."""
+    coeff = params.get("reference_policy_kl_penalty", 0.01)
+    if not coeff:
+        return {"kl_estimator": None, "kl_coeff": 0.0}
+    _only_neutral(params, use_on_policy_kl_approximation=False)
+    _refuse_score_function(inputs["log_prob"], inputs["ref_log_prob"], mask)
+    return {"kl_estimator": params.get("reference_policy_kl_type", "k3"), "kl_coeff": coeff}
+
+
+def _nemo_clipped_pg(inputs: Arrays, params: Params) -> Result:
+    _only_neutral(
+        params,
+        disable_ppo_ratio=False,
+        force_on_policy_ratio=False,
+        truncated_importance_sampling_ratio=None,
+        use_cispo=False,
+        use_importance_sampling_correction=False,
+    )
+    mask = (inputs["token_mask"] * inputs["sample_mask"][:, None]) > 0
+    by_sequence, advantage = params.get("sequence_level_importance_ratios", False), inputs["advantages"]
+    _refuse_clamped(inputs["log_prob"], inputs["old_log_prob"], mask, by_sequence)
+    weights = _nemo_weights(inputs, mask, params.get("token_level_loss", True))
+    if by_sequence:
+        _only_neutral(params, ratio_clip_c=None)
+        varies = any(len(np.unique(row[kept])) > 1 for row, kept in zip(advantage, mask))
+        _unsupported(varies, "a token's gradient is of its own advantage, not of the mean over its sequence")
+    options = {
+        "clip_low": params.get("ratio_clip_min", 0.2),
+        "clip_high": params.get("ratio_clip_max", 0.2),
+        "dual_clip": params.get("ratio_clip_c"),
+        "entropy_coeff": 0.0,
+    } | _nemo_kl(inputs, params, mask)
+    return _objective_case(inputs, advantage, mask, weights, by_sequence=by_sequence, **options)
+
+
+# Distances to a reference
+
+
+def _refuse_bounded_k3(logp: np.ndarray, ref_logp: np.ndarray, mask: np.ndarray) -> None:
+    """For references that let k3 grow without bound."""
+    difference = (ref_logp - logp)[mask]
+    bounded = (difference < _MIN_K3_LOG_RATIO) | (difference > _MAX_K3_LOG_RATIO)
+    _unsupported(bool(bounded.any()), "k3 is bounded at 10")
+
+
+def _refuse_score_function(logp: np.ndarray, ref_logp: np.ndarray, mask: np.ndarray) -> None:
+    """For references that add KL_t grad logp_t to the gradient, which is nothing only where the estimate is 0."""
+    _unsupported(bool((logp != ref_logp)[mask].any()), "the KL's gradient has no score-function term")
+
+
+def _kl_case(logp: np.ndarray, ref_logp: np.ndarray, estimator: str) -> Result:
+    """The estimates, and the gradient of their sum."""
+    leaf = torch.from_numpy(logp.reshape(-1)).requires_grad_()
+    estimates = kl(leaf, torch.from_numpy(ref_logp.reshape(-1)), estimator)
+    estimates.sum().backward()
+    gradient = _scattered(leaf, np.ones(logp.shape, bool))
+    return {"out.kl": estimates.detach().numpy().reshape(logp.shape), "grad.sum_kl.logprob": gradient}
+
+
+def _verl_kl_penalty(inputs: Arrays, params: Params) -> Result:
+    names = {"kl": "k1", "k1": "k1", "mse": "k2", "k2": "k2", "low_var_kl": "k3", "k3": "k3"}
+    name = params["kl_penalty"]
+    _unsupported(name.endswith("+"), "the gradient is that of the estimate itself, not always that of k2")
+    _unsupported(name not in names, f"no estimator {name}")
+    return _kl_case(inputs["logprob"], inputs["ref_logprob"], names[name])
+
+
+def _slime_approx_kl(inputs: Arrays, params: Params) -> Result:
+    """slime bounds k3 under the name low_var_kl only; it has no bound on the log-ratio, which does not show."""
+    weighted = bool((inputs.get("importance_ratio", np.ones(1)) != 1).any())
+    _unsupported(weighted, "the KL is not weighted with importance ratios")
+    names = {"k1": "k1", "k2": "k2", "k3": "k3", "low_var_kl": "k3"}
+    name, logp, base = params["kl_loss_type"], inputs["log_probs"], inputs["base"]
+    _unsupported(name not in names, f"no estimator {name}")
+    if name == "k3":
+        _refuse_bounded_k3(logp, base, np.ones(logp.shape, bool))
+    return {"out.kl": _kl_case(logp, base, names[name])["out.kl"]}
+
+
+def _nemo_kl_score_function(inputs: Arrays, params: Params) -> Result:
+    logp, ref_logp = inputs["logprob"], inputs["ref_logprob"]
+    _refuse_score_function(logp, ref_logp, np.ones(logp.shape, bool))
+    return _kl_case(logp, ref_logp, params["kl_type"])
 
 
 # Statistics of logits
@@ -411,10 +532,13 @@ OPS: dict[str, Callable[[Arrays, Params], Result]] = {
     "cs336_masked_mean": _cs336_masked_mean,
     "cs336_masked_normalize": _cs336_masked_normalize,
     "entropy_from_logits": _entropy_from_logits,
+    "kl_penalty": _verl_kl_penalty,
+    "kl_score_function": _nemo_kl_score_function,
     "liger_grpo_loss": _liger_grpo_loss,
     "logprobs_from_logits_naive": _logprobs_from_logits,
     "nemo_clipped_pg": _nemo_clipped_pg,
     "nemo_grpo_advantage": _nemo_grpo_advantage,
+    "slime_approx_kl": _slime_approx_kl,
     "slime_policy_loss": _slime_policy_loss,
     "trl_grpo_loss": _trl_grpo_loss,
     "vocab_parallel_logprob_entropy": _slime_logprob_entropy,

@@ -1,6 +1,8 @@
 """The adapter of the numeric cases: values computed here, where gradients go, and which cases it refuses."""
 
 import math
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ MASK = np.array([[1.0, 1.0, 0.0], [0.0, 1.0, 1.0], [1.0, 0.0, 0.0]])
 CLIP = {"clip_ratio_low": 0.2, "clip_ratio_high": 0.2, "clip_ratio_c": 3.0}
 
 
-def assert_close(got: np.ndarray | float, expected: object) -> None:
+def assert_close(got: Any, expected: Any) -> None:
     np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -30,7 +32,7 @@ def refused(operation: str, inputs: Arrays, params: Params, reason: str) -> None
 class TestAdvantages:
     def run(self, rewards: list[float], groups: str, dtype: type = np.float64, *, by_std: bool = True) -> Result:
         mask = np.ones((len(rewards), 2))
-        scores = np.array([[0, reward] for reward in rewards], dtype)
+        scores: np.ndarray = np.array([[0, reward] for reward in rewards], dtype)
         inputs = {"token_level_rewards": scores, "response_mask": mask, "index": np.array(list(groups))}
         return OPS["compute_grpo_outcome_advantage"](inputs, {"norm_adv_by_std_in_grpo": by_std, "epsilon": 1e-6})
 
@@ -116,7 +118,7 @@ class TestPolicyLosses:
         inputs = policy_inputs() | {"mask": MASK, "advantages": np.array([2.0, 2.0, 2.0])}
         trl = OPS["trl_grpo_loss"](inputs, {"loss_type": loss_type, "level": level, "eps": [0.2, 0.2]})
         params = {"loss_type": loss_type, "importance_sampling_level": level, "max_completion_length": 3}
-        liger = OPS["liger_grpo_loss"](inputs, params)
+        liger = OPS["liger_grpo_loss"](inputs, params | {"beta": 0.0})
         assert_close(trl["out.loss"], -2.2 * (5 / 9 if loss_type == "dr_grpo" else 1))
         assert_close(liger["out.loss"], trl["out.loss"])
         assert_close(liger["grad.loss.log_prob"], trl["grad.loss.log_prob"])
@@ -132,18 +134,120 @@ class TestPolicyLosses:
         inputs = policy_inputs() | {"token_mask": MASK, "sample_mask": np.array([1.0, 0.0, 1.0])}
         result = OPS["nemo_clipped_pg"](inputs, {"reference_policy_kl_penalty": 0.0})
         assert_close(result["grad.loss.log_prob"], MASK * [[1], [0], [1]] * -2.2 / 3)
-        refused("nemo_clipped_pg", inputs, {}, "no KL")
 
     def test_refuses_what_is_not_there(self) -> None:
         inputs = policy_inputs() | {"mask": MASK, "advantages": np.ones(3)}
         params = {"loss_type": "grpo", "level": "token", "eps": [0.2, 0.2]}
         refused("trl_grpo_loss", inputs, params | {"delta": 2.0}, "delta")
-        refused("trl_grpo_loss", inputs, params | {"beta": 0.04}, "beta")
         refused("trl_grpo_loss", inputs, params | {"loss_type": "cispo"}, "cispo")
         refused("trl_grpo_loss", inputs | {"mask": MASK * [[1], [0], [1]]}, params, "without tokens")
         refused("trl_grpo_loss", inputs | {"old_log_prob": MASK * 25}, params, "bounded at 20")
         weighted = policy_inputs() | {"rollout_is_weights": MASK}
         refused("compute_policy_loss_vanilla", weighted, {"loss_agg_mode": "token-mean"} | CLIP, "rollout")
+
+
+class TestRegularisers:
+    """The same token everywhere: r = 1.1 and A = 2, hence a policy loss and slope of -2.2."""
+
+    TRL = MappingProxyType({"loss_type": "bnpo", "level": "token", "eps": [0.2, 0.2]})
+
+    def inputs(self, ref_ratio: float) -> Arrays:
+        """A reference that finds the tokens `ref_ratio` times as likely as the policy does."""
+        inputs = policy_inputs() | {"mask": MASK, "advantages": np.array([2.0, 2.0, 2.0])}
+        entropies = np.where(MASK > 0, 0.25, np.nan)
+        return inputs | {"ref_log_prob": inputs["log_prob"] + math.log(ref_ratio), "entropies": entropies}
+
+    @pytest.mark.parametrize("level", ["token", "sequence"])
+    @pytest.mark.parametrize(("beta", "bonus"), [(0.5, 0.0), (0.0, 0.1), (0.5, 0.1)])
+    def test_trl(self, level: str, beta: float, bonus: float) -> None:
+        params = {**self.TRL, "level": level, "beta": beta, "entc": bonus}
+        result = OPS["trl_grpo_loss"](self.inputs(2.0), params)
+        assert_close(result["out.loss"], -2.2 + beta * (2 - 1 - math.log(2)) - bonus * 0.25)
+        assert_close(result["grad.loss.log_prob"], MASK * (-2.2 + beta * (1 - 2)) / 5)
+
+    def test_liger_has_a_coefficient_by_default(self) -> None:
+        result = OPS["liger_grpo_loss"](self.inputs(0.5), {"loss_type": "dapo"})
+        assert_close(result["out.loss"], -2.2 + 0.04 * (math.log(2) - 0.5))
+        assert_close(result["grad.loss.log_prob"], MASK * (-2.2 + 0.04 * 0.5) / 5)
+        without = OPS["liger_grpo_loss"](self.inputs(0.5), {"loss_type": "dapo", "beta": 0.0})
+        assert_close(without["out.loss"], -2.2)
+
+    def test_refuses_other_terms(self) -> None:
+        inputs = self.inputs(2.0)
+        refused("trl_grpo_loss", inputs, {**self.TRL, "beta": 0.5, "bias": True}, "bias")
+        refused("trl_grpo_loss", inputs, {**self.TRL, "loss_type": "dr_grpo", "entc": 0.1}, "averaged like the loss")
+        refused("trl_grpo_loss", self.inputs(14.0), {**self.TRL, "beta": 0.5}, "bounded at 10")
+        refused("liger_grpo_loss", self.inputs(1e-5), {"loss_type": "dapo"}, "bounded at 10")
+        del inputs["entropies"], inputs["ref_log_prob"]
+        refused("trl_grpo_loss", inputs, {**self.TRL, "entc": 0.1}, "no entropies")
+        refused("trl_grpo_loss", inputs, {**self.TRL, "beta": 0.5}, "no reference")
+
+    @pytest.mark.parametrize(("estimator", "slope"), [("k1", 1.0), ("k2", 0.0), ("k3", 0.0)])
+    def test_nemo_agrees_at_the_reference_only(self, estimator: str, slope: float) -> None:
+        ones = {"token_mask": MASK, "sample_mask": np.ones(3), "advantages": 2 * MASK}
+        params = {"reference_policy_kl_penalty": 0.5, "reference_policy_kl_type": estimator}
+        result = OPS["nemo_clipped_pg"](self.inputs(1.0) | ones, params)
+        assert_close(result["out.loss"], -2.2)
+        assert_close(result["grad.loss.log_prob"], MASK * (-2.2 + 0.5 * slope) / 5)
+        refused("nemo_clipped_pg", self.inputs(2.0) | ones, params, "score-function")
+        refused("nemo_clipped_pg", self.inputs(2.0) | ones, {}, "score-function")
+        weighted = params | {"use_on_policy_kl_approximation": True}
+        refused("nemo_clipped_pg", self.inputs(1.0) | ones, weighted, "use_on_policy_kl")
+
+    def test_nemo_has_no_dual_clip_by_sequence(self) -> None:
+        inputs = policy_inputs() | {"token_mask": MASK, "sample_mask": np.ones(3)}
+        params = {"reference_policy_kl_penalty": 0.0, "token_level_loss": False}
+        by_sequence = params | {"sequence_level_importance_ratios": True, "ratio_clip_c": 3.0}
+        refused("nemo_clipped_pg", inputs, by_sequence, "ratio_clip_c")
+
+
+class TestDistances:
+    """d = ref_logp - logp of 0, log 2, 3 (k3 above its bound of 10), 25 and -25 (beyond that of the log-ratio)."""
+
+    D = np.array([0, math.log(2), 3, 25, -25])
+
+    @pytest.mark.parametrize(
+        ("names", "values", "slopes"),
+        [
+            (["kl", "k1"], -D, np.ones(5)),
+            (["mse", "k2"], D * D / 2, -D),
+            (["low_var_kl", "k3"], [0, 1 - math.log(2), 10, 10, 10], [0, -1, 0, 0, 0]),
+        ],
+    )
+    def test_verl_names(self, names: list[str], values: object, slopes: object) -> None:
+        for name in names:
+            inputs = {"logprob": -self.D, "ref_logprob": np.zeros(5)}
+            result = OPS["kl_penalty"](inputs, {"kl_penalty": name})
+            assert_close(result["out.kl"], values)
+            assert_close(result["grad.sum_kl.logprob"], slopes)
+
+    def test_verl_shape_and_refusals(self) -> None:
+        inputs = {"logprob": np.zeros((2, 3)), "ref_logprob": np.ones((2, 3))}
+        assert_close(OPS["kl_penalty"](inputs, {"kl_penalty": "k1"})["out.kl"], -np.ones((2, 3)))
+        refused("kl_penalty", inputs, {"kl_penalty": "abs"}, "no estimator abs")
+        for name in ("k1+", "k3+", "low_var_kl+"):
+            refused("kl_penalty", inputs, {"kl_penalty": name}, "not always that of k2")
+
+    def test_slime_bounds_one_name(self) -> None:
+        inputs = {"log_probs": -self.D, "base": np.zeros(5)}
+        bounded = OPS["slime_approx_kl"](inputs, {"kl_loss_type": "low_var_kl"})["out.kl"]
+        assert_close(bounded, [0, 1 - math.log(2), 10, 10, 10])
+        refused("slime_approx_kl", inputs, {"kl_loss_type": "k3"}, "bounded at 10")
+        near = {"log_probs": -self.D[:2], "base": np.zeros(2)}
+        assert_close(OPS["slime_approx_kl"](near, {"kl_loss_type": "k3"})["out.kl"], [0, 1 - math.log(2)])
+
+    def test_slime_weights(self) -> None:
+        inputs = {"log_probs": -self.D, "base": np.zeros(5), "importance_ratio": np.ones(5)}
+        assert_close(OPS["slime_approx_kl"](inputs, {"kl_loss_type": "k2"})["out.kl"], self.D**2 / 2)
+        weighted = inputs | {"importance_ratio": np.array([1, 1, 1, 1, 0.9])}
+        refused("slime_approx_kl", weighted, {"kl_loss_type": "k2"}, "not weighted")
+
+    def test_score_function(self) -> None:
+        logp = -self.D
+        refused("kl_score_function", {"logprob": logp, "ref_logprob": logp + 1}, {"kl_type": "k3"}, "score-function")
+        result = OPS["kl_score_function"]({"logprob": logp, "ref_logprob": logp}, {"kl_type": "k1"})
+        assert_close(result["out.kl"], np.zeros(5))
+        assert_close(result["grad.sum_kl.logprob"], np.ones(5))
 
 
 class TestLogits:

@@ -1,0 +1,199 @@
+"""The invariance certificate: does the way a batch is cut change the loss, or any gradient?
+
+A tiny model of the config's own family takes one update's gradient with the config's own objective: once on one rank,
+all sequences in one micro-batch, and then under every layout that the present ranks can form, and every other way to
+cut, order and stream the batch. Nothing may differ by more than rounding.
+"""
+
+import dataclasses
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import AutoConfig
+
+from megatron_rl.config.rules import Config
+from megatron_rl.config.schema import RANDOM, ModelConfig, OptimConfig, SftConfig
+from megatron_rl.data.planner import StepPlan
+from megatron_rl.data.samples import Sample, from_example, weighed
+from megatron_rl.models.hf_config import load_shape
+from megatron_rl.parallel.collect import any_rank
+from megatron_rl.parallel.mesh import create_mesh, destroy_mesh, join_world
+from megatron_rl.trainers.grpo import policy_objective
+from megatron_rl.workers.model_worker import ModelWorker
+from megatron_rl.workers.objective import NegativeLogLikelihood, Objective
+
+# Eight heads and four layers can be cut four ways along either axis; a vocabulary of 99 by no number of ranks.
+TINY = {
+    "num_hidden_layers": 4,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "vocab_size": 99,
+    "max_position_embeddings": 128,
+}
+SEQUENCES = 13
+WIDE, NARROW = 4096, 48  # tokens per micro-batch: everything together, and a few sequences at a time
+TOLERANCE = 1e-5  # relative, in float32
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cut:
+    """One way to compute the same gradient. `alone`: one sequence per micro-batch; `chunk`: columns of the lm-head."""
+
+    name: str
+    layout: dict[str, Any] = dataclasses.field(default_factory=dict)
+    max_tokens: int = NARROW
+    alone: bool = False
+    backwards: bool = False
+    chunk: int = 1024
+
+
+class Gradient(NamedTuple):
+    loss: float
+    named: dict[str, Tensor]
+
+
+class Difference(NamedTuple):
+    """Relative to the largest entry of each tensor; `worst` names the parameter of the largest one."""
+
+    loss: float
+    gradient: float
+    worst: str
+
+
+def cuts(world: int) -> Iterator[Cut]:
+    """Every layout of `world` ranks (data-parallel ranks fill up), then ways to cut the batch on all of them."""
+    sizes = [n for n in range(1, world + 1) if world % n == 0]
+    for tp in sizes:
+        for pp in (n for n in sizes if tp * n <= world and world % (tp * n) == 0):
+            name = " ".join(f"{axis}{n}" for axis, n in (("tp", tp), ("pp", pp), ("dp", world // (tp * pp))) if n > 1)
+            layout = {"tp": tp, "pp": pp}
+            yield Cut(name=name or "one rank", layout=layout)
+            if tp > 1:
+                yield Cut(name=f"{name} sequence_parallel", layout=layout | {"sequence_parallel": True})
+            if pp == 2:
+                yield Cut(name=f"{name} vpp2", layout=layout | {"vpp": 2})
+    yield Cut(name="one micro-batch per rank", max_tokens=WIDE)
+    yield Cut(name="one sequence per micro-batch", alone=True)
+    yield Cut(name="sequences backwards", backwards=True)
+    yield Cut(name="vocabulary in chunks of 7", chunk=7)
+    yield Cut(name="recompute", layout={"recompute": True})
+
+
+def tiny_directory(model_path: str, directory: Path) -> None:
+    """A config of the same family, biases, norms, tying and rotary embedding, with the sizes of TINY."""
+    config = AutoConfig.from_pretrained(model_path)
+    for name, value in TINY.items():
+        setattr(config, name, value)
+    # Where the family derives one entry per layer, it is to be derived again.
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:1] * TINY["num_hidden_layers"]
+    config.bos_token_id = config.eos_token_id = config.pad_token_id = None
+    config.save_pretrained(directory)
+
+
+def objective_of(config: Config) -> Objective:
+    """What the config's trainer would minimise, with the proximal policy told apart from the current one."""
+    if isinstance(config, SftConfig):
+        return NegativeLogLikelihood()
+    return dataclasses.replace(policy_objective(config), on_policy=False)
+
+
+def make_samples(config: Config, objective: Objective) -> list[Sample]:
+    """Sequences of mixed length, some tokens masked, one response without any, and fields that clip now and then."""
+    draw = torch.Generator().manual_seed(3)
+    samples = []
+    for number in range(SEQUENCES):
+        prompt, response = (int(torch.randint(1, high, (), generator=draw)) for high in (9, 14))
+        tokens = torch.randint(1, TINY["vocab_size"], (prompt + response,), generator=draw).tolist()
+        sample = from_example(number, tokens[:prompt], tokens[prompt:])
+        mask = torch.rand(response, generator=draw) > 0.2
+        sample = dataclasses.replace(sample, loss_mask=mask & (number != 4))
+        for name in objective.field_names:
+            if name == "advantages":
+                sample = sample.with_constant(name, float(torch.randn((), generator=draw)))
+            elif name != "weights":
+                sample = sample.with_field(name, -4.6 + 0.3 * torch.randn(response, generator=draw))
+        samples.append(sample)
+    if isinstance(config, SftConfig):
+        return weighed(samples, "token-mean")
+    return weighed(samples, str(config.algorithm.aggregation), horizon=config.rollout.max_new_tokens)
+
+
+def gradient(config: Config, directory: str, cut: Cut) -> Gradient:
+    """The loss and every gradient by Hugging Face name, on every rank of a world that has been joined."""
+    mesh = create_mesh(**cut.layout)
+    model = ModelConfig(path=directory, weights=RANDOM)
+    worker = ModelWorker(model, OptimConfig(), mesh, total_steps=1)
+    worker.vocabulary_chunk = cut.chunk
+    objective = objective_of(config)
+    samples = make_samples(config, objective)
+    if cut.backwards:
+        samples.reverse()
+    plan = _one_by_one(len(samples), mesh.dp_size) if cut.alone else worker.plan(samples, cut.max_tokens)
+    metrics = worker.forward_backward(samples, plan, objective)
+    named = {name: value.float().cpu().clone() for name, value in worker.named_hf_gradients()}
+    worker.close()
+    loss = metrics["sft/loss" if isinstance(config, SftConfig) else "actor/loss"].result()
+    return Gradient(loss, named)
+
+
+def _one_by_one(count: int, ranks: int) -> StepPlan:
+    rounds = -(-count // ranks)
+    places = [[i * ranks + rank for i in range(rounds)] for rank in range(ranks)]
+    return StepPlan(tuple(tuple((p,) if p < count else () for p in row) for row in places))
+
+
+def difference(found: Gradient, expected: Gradient) -> Difference:
+    """How far two computations of one gradient are apart."""
+    assert found.named.keys() == expected.named.keys()
+    apart = {
+        name: float((found.named[name] - value).abs().max() / value.abs().max().clamp(min=1e-30))
+        for name, value in expected.named.items()
+    }
+    worst = max(apart, key=lambda name: apart[name])
+    return Difference(abs(found.loss - expected.loss) / max(abs(expected.loss), 1e-30), apart[worst], worst)
+
+
+def verify(config: Config) -> int:
+    """Prints the table; 1 if anything differs by more than TOLERANCE, else 0. Collective."""
+    load_shape(config.model.path)
+    with tempfile.TemporaryDirectory() as folder:
+        tiny_directory(config.model.path, Path(folder))
+        join_world(alone=True)
+        expected = gradient(config, folder, Cut(name="reference", max_tokens=WIDE))
+        destroy_mesh()
+        join_world("verify")
+        world, first = dist.get_world_size(), dist.get_rank() == 0
+        failed = False
+        if first:
+            print(f"{'cut':<34} {'loss':>9} {'gradient':>9}   worst parameter")
+        for cut in cuts(world):
+            apart = difference(gradient(config, folder, cut), expected)
+            wrong = any_rank(not (apart.loss <= TOLERANCE and apart.gradient <= TOLERANCE))
+            failed |= wrong
+            if first:
+                verdict = "DIFFERS" if wrong else ""
+                print(f"{cut.name:<34} {apart.loss:9.1e} {apart.gradient:9.1e}   {apart.worst} {verdict}", flush=True)
+            destroy_mesh()
+            join_world(f"after {cut.name}")
+        if first:
+            print(_verdict(config, world, failed))
+        destroy_mesh()
+    return int(failed)
+
+
+def _verdict(config: Config, world: int, failed: bool) -> str:
+    family = load_shape(config.model.path).family.name
+    said = "differs by more than" if failed else "is the same within"
+    return (
+        f"{config.trainer} on a tiny {family}, {world} rank(s): the gradient {said} {TOLERANCE:g} (relative, float32) "
+        "of that of one rank and one micro-batch"
+    )
