@@ -1,0 +1,73 @@
+"""The certificate that `megatron-rl verify` prints, for one config of every trainer and family; and that it can fail."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from megatron_rl.config.load import load_config
+from megatron_rl.trainers import verify
+from megatron_rl.trainers.verify import Cut, cuts, difference, gradient, tiny_directory
+from tests.dist.pool import Pool
+from tests.models import tiny_model
+
+CONFIG = """
+trainer: {trainer}
+model: {{path: {model}}}
+data: {{train: none.jsonl}}
+train: {{steps: 1, batch_size: 4}}
+run: {{dir: none}}
+"""
+CASES = {
+    "sft": ("sft", "llama", []),
+    "grpo": ("grpo", "qwen2", ["kl.where=loss", "algorithm.entropy_coeff=0.01", "rollout.temperature=0.8"]),
+    "gspo": ("grpo", "qwen3", ["algorithm.name=gspo", "algorithm.clip_high=0.3", "algorithm.clip_low=0.3"]),
+}
+
+
+def measure(config: str, overrides: list[str], directory: str, cut: Cut) -> verify.Gradient:
+    return gradient(load_config(config, overrides), directory, cut)
+
+
+@pytest.fixture
+def prepared(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, list[str], str]:
+    """A config of the case, its overrides, and the tiny model's directory."""
+    trainer, family, overrides = CASES[request.param]
+    model = tiny_model(tmp_path / "model", family, tied=True, vocab_size=200)
+    config = tmp_path / "config.yaml"
+    config.write_text(CONFIG.format(trainer=trainer, model=model))
+    tiny_directory(str(model), tmp_path / "tiny")
+    return str(config), overrides, str(tmp_path / "tiny")
+
+
+@pytest.mark.parametrize("prepared", CASES, indirect=True)
+def test_every_cut_agrees(pool: Pool, prepared: tuple[str, list[str], str]) -> None:
+    reference = Cut(name="reference", max_tokens=verify.WIDE)
+    expected = pool.run(measure, 1, *prepared, reference)[0]
+    assert expected.loss != 0 and all(value.abs().max() > 0 for value in expected.named.values())
+    for cut in cuts(2):
+        for found in pool.run(measure, 2, *prepared, cut):
+            apart = difference(found, expected)
+            assert apart.loss < verify.TOLERANCE and apart.gradient < verify.TOLERANCE, (cut, apart)
+
+
+def test_every_layout_of_eight_ranks_is_there() -> None:
+    layouts = {tuple(sorted(cut.layout.items())) for cut in cuts(8)}
+    assert {(("pp", pp), ("tp", tp)) for tp in (1, 2, 4, 8) for pp in (1, 2, 4, 8) if tp * pp <= 8} <= layouts
+    assert (("pp", 2), ("tp", 4), ("vpp", 2)) in layouts
+
+
+@pytest.mark.parametrize("prepared", ["sft"], indirect=True)
+def test_the_table_and_its_exit_code(
+    prepared: tuple[str, list[str], str], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a world of one rank; rounding alone is a difference where none is allowed."""
+    assert "RANK" not in os.environ
+    config = load_config(prepared[0])
+    assert verify.verify(config) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + len(list(cuts(1))) and "DIFFERS" not in "".join(lines)
+    assert lines[-1].startswith("sft on a tiny llama, 1 rank(s): the gradient is the same within 1e-05")
+    monkeypatch.setattr(verify, "TOLERANCE", 0.0)
+    assert verify.verify(config) == 1
+    assert "differs by more than 0" in capsys.readouterr().out.splitlines()[-1]
