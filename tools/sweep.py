@@ -2,7 +2,7 @@
 
     python tools/sweep.py tools/sweeps/layouts.yaml
 
-A sweep names a config, the `a.b=c` overrides of each case, and seeds. Every run that ends appends its evaluations to
+A sweep names a config, the `a.b=c` overrides of each case, and seeds. Every run that ends appends its steps to
 `curves.csv` in the sweep's folder of results; a run that is there already is not run again, so that an interrupted
 sweep goes on where it stopped. `curves.png` beside it is drawn anew each time.
 """
@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from megatron_rl.report.comparison import FIELDS, plot_comparison
+from megatron_rl.report.curves import ACCURACY, REWARD
 
 
 def finished(table: Path) -> set[tuple[str, int]]:
@@ -30,26 +31,24 @@ def finished(table: Path) -> set[tuple[str, int]]:
 
 
 def run(config: Path, overrides: list[str], run_dir: Path) -> list[dict[str, Any]]:
-    """Trains as anybody would; the steps that were evaluated."""
+    """Trains as anybody would; the steps that were logged."""
     command = [sys.executable, "-m", "megatron_rl", "train", str(config), *overrides, f"run.dir={run_dir}"]
     if code := subprocess.run(command, check=False).returncode:
         raise SystemExit(code)
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if "val/accuracy" in row]
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def append(table: Path, case: str, seed: int, rows: list[dict[str, Any]]) -> None:
-    """One line per evaluation. All lines of a run are written at once."""
+    """One line per step, blank where a figure was not measured. All lines of a run are written at once."""
     new = not table.exists()
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
-    seconds = 0.0
     with table.open("a", newline="") as lines:
         writer = csv.writer(lines)
         if new:
             writer.writerow(FIELDS)
         for row in rows:
-            seconds = row["time"] - rows[0]["time"]
-            writer.writerow([case, seed, row["step"], f"{row['val/accuracy']:.4f}", f"{seconds:.1f}", date])
+            figures = (f"{row[key]:.4f}" if row.get(key) is not None else "" for key in (REWARD, ACCURACY))
+            writer.writerow([case, seed, row["step"], *figures, f"{row['time'] - rows[0]['time']:.1f}", date])
 
 
 def main() -> None:

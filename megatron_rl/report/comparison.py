@@ -5,43 +5,52 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import fmean
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-FIELDS = ("case", "seed", "step", "accuracy", "seconds", "date")
+FIELDS = ("case", "seed", "step", "reward", "accuracy", "seconds", "date")
 COLORS = ("#1f4e8c", "#e39a4f", "#3d8f5f", "#a64d79", "#7a6a53", "#5b8fb9", "#c0504d", "#8064a2")
 INK = "#333333"
 
-# case -> step -> held-out accuracy of each seed
+# case -> step -> the figure of each seed
 Curves = dict[str, dict[int, list[float]]]
 
 
-def read_curves(table: Path) -> Curves:
-    """The accuracies of a table with the columns FIELDS, cases in the order of their first line."""
+def read_curves(table: Path, figure: str) -> Curves:
+    """One column of a table with FIELDS; cases in the order of their first line, blanks left out."""
     curves: Curves = {}
     with table.open(newline="") as lines:
         for row in csv.DictReader(lines):
-            curves.setdefault(row["case"], defaultdict(list))[int(row["step"])].append(float(row["accuracy"]))
+            curve = curves.setdefault(row["case"], defaultdict(list))
+            if row[figure]:
+                curve[int(row["step"])].append(float(row[figure]))
     return curves
 
 
 def plot_comparison(table: Path, out_png: Path, *, title: str) -> None:
-    """Per case the mean over seeds as a line, and a band from the lowest to the highest seed."""
-    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
-    panel = figure.subplots()
-    for color, (case, curve) in zip(COLORS, read_curves(table).items()):
+    """Training reward and held-out accuracy side by side: per case the mean over seeds, and the range of the seeds."""
+    figure = Figure(figsize=(10.5, 4.2), layout="constrained")
+    figure.suptitle(title, color=INK, fontsize=13, fontweight="bold")
+    panels = figure.subplots(1, 2, sharey=True)
+    for panel, column, name in zip(panels, ("reward", "accuracy"), ("training reward", "held-out accuracy")):
+        _draw(panel, read_curves(table, column))
+        panel.set_title(name, color=INK, fontsize=11)
+        panel.set_xlabel("step", color=INK)
+        panel.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+        panel.set_axisbelow(True)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.tick_params(colors=INK, length=3)
+    panels[1].legend(frameon=False, loc="lower right")
+    figure.savefig(out_png, dpi=160, facecolor="white")
+
+
+def _draw(panel: Axes, curves: Curves) -> None:
+    for place, (case, curve) in enumerate(curves.items()):
         steps = sorted(curve)
         seeds = max(len(values) for values in curve.values())
-        panel.fill_between(
-            steps, [min(curve[s]) for s in steps], [max(curve[s]) for s in steps], color=color, alpha=0.15, linewidth=0
-        )
-        panel.plot(steps, [fmean(curve[s]) for s in steps], color=color, linewidth=2.0, label=f"{case} ({seeds} seeds)")
-    panel.set_title(title, color=INK, fontsize=13, fontweight="bold")
-    panel.set_xlabel("step", color=INK)
-    panel.set_ylabel("held-out accuracy", color=INK)
-    panel.set_ylim(-0.04, 1.04)
-    panel.grid(axis="y", color="#e6e6e6", linewidth=0.8)
-    panel.set_axisbelow(True)
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.tick_params(colors=INK, length=3)
-    panel.legend(frameon=False, loc="lower right")
-    figure.savefig(out_png, dpi=160, facecolor="white")
+        color = COLORS[place % len(COLORS)]
+        low, high, mean = ([of(curve[step]) for step in steps] for of in (min, max, fmean))
+        panel.fill_between(steps, low, high, color=color, alpha=0.12, linewidth=0)
+        # Thick first and thin last, so that curves that coincide are all seen.
+        width = 1.2 + 2.8 * (len(curves) - 1 - place) / max(len(curves) - 1, 1)
+        panel.plot(steps, mean, color=color, linewidth=width, label=f"{case} ({seeds} seeds)")

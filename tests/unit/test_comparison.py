@@ -8,13 +8,13 @@ import pytest
 
 from megatron_rl.report.comparison import FIELDS, plot_comparison, read_curves
 
-TABLE = """case,seed,step,accuracy,seconds,date
-b,1,0,0.25,0.0,2026-01-02
-b,1,10,0.50,3.5,2026-01-02
-a,1,0,0.25,0.0,2026-01-02
-a,1,10,0.75,3.5,2026-01-02
-b,2,0,0.25,0.0,2026-01-02
-b,2,10,1.00,3.5,2026-01-02
+TABLE = """case,seed,step,reward,accuracy,seconds,date
+b,1,0,,0.25,0.0,2026-01-02
+b,1,10,0.4,0.50,3.5,2026-01-02
+a,1,0,,0.25,0.0,2026-01-02
+a,1,10,0.6,0.75,3.5,2026-01-02
+b,2,0,,0.25,0.0,2026-01-02
+b,2,10,0.8,1.00,3.5,2026-01-02
 """
 
 
@@ -27,8 +27,8 @@ def table(tmp_path: Path) -> Path:
 
 def test_cases_stay_in_order_and_seeds_together(table: Path) -> None:
     assert TABLE.splitlines()[0].split(",") == list(FIELDS)
-    curves = read_curves(table)
-    assert list(curves) == ["b", "a"]
+    curves = read_curves(table, "accuracy")
+    assert list(curves) == ["b", "a"] and dict(read_curves(table, "reward")["b"]) == {10: [0.4, 0.8]}
     assert dict(curves["b"]) == {0: [0.25, 0.25], 10: [0.5, 1.0]}
 
 
@@ -36,7 +36,8 @@ def test_line_is_the_mean_and_band_the_range(table: Path, tmp_path: Path, monkey
     saved: list[matplotlib.figure.Figure] = []
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda figure, *a, **k: saved.append(figure))
     plot_comparison(table, tmp_path / "c.png", title="t")
-    (panel,) = saved[0].axes
+    reward, panel = saved[0].axes
+    assert [line.get_data()[1][0] for line in reward.lines] == pytest.approx([0.6, 0.6])
     lines = {line.get_label(): np.column_stack(line.get_data()).tolist() for line in panel.lines}
     assert lines == {"b (2 seeds)": [[0, 0.25], [10, 0.75]], "a (1 seeds)": [[0, 0.25], [10, 0.75]]}
     band = panel.collections[0].get_paths()[0].vertices
