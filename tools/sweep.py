@@ -43,7 +43,7 @@ def append(table: Path, case: str, seed: int, rows: list[dict[str, Any]]) -> Non
     new = not table.exists()
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
     with table.open("a", newline="") as lines:
-        writer = csv.writer(lines)
+        writer = csv.writer(lines, lineterminator="\n")
         if new:
             writer.writerow(FIELDS)
         for row in rows:
