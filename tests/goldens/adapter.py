@@ -6,6 +6,7 @@ of the mask, the package's functions are called, and gradients are scattered bac
 package does not have, or does differently by design, raises NotImplementedError; the inputs alone decide.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -13,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_rl.algorithms import advantages, policy_loss
+from megatron_rl.algorithms import advantages, policy_loss, rollout_correction
 from megatron_rl.algorithms.kl import kl
+from megatron_rl.algorithms.overlong import overlong_penalty
 from megatron_rl.algorithms.policy_loss import PolicyLoss
 from megatron_rl.algorithms.reduction import MODES, token_weights
 from megatron_rl.data.collate import MicroBatch
@@ -210,10 +212,9 @@ def _refuse_clamped(logp: np.ndarray, old_logp: np.ndarray, mask: np.ndarray, by
 
 def _verl_policy_loss(by_sequence: bool) -> Callable[[Arrays, Params], Result]:
     def run(inputs: Arrays, params: Params) -> Result:
-        _unsupported("rollout_is_weights" in inputs, "no rollout correction")
         logp, old_logp, mask = inputs["log_prob"], inputs["old_log_prob"], inputs["response_mask"] > 0
         mode = "seq-mean-token-mean" if by_sequence else params["loss_agg_mode"]
-        weights = _verl_weights(mask, params, mode)
+        weights = _scaled(_verl_weights(mask, params, mode), inputs.get("rollout_is_weights"))
         clip = {"clip_low": params["clip_ratio_low"], "clip_high": params["clip_ratio_high"]}
         if not by_sequence:
             clip["dual_clip"] = params["clip_ratio_c"]
@@ -332,19 +333,19 @@ def _trl_weights(mask: np.ndarray, loss_type: str, horizon: int | None) -> Tenso
 
 
 def _trl_grpo_loss(inputs: Arrays, params: Params) -> Result:
-    _unsupported("importance_sampling_ratio" in inputs, "no rollout correction")
-    _only_neutral(params, delta=None, opsm=None, quant=1.0, vllm=False, bias=False, gas=1)
+    _only_neutral(params, delta=None, quant=1.0, bias=False, gas=1)
+    weighted = "importance_sampling_ratio" in inputs
+    _unsupported(bool(params.get("vllm")) != weighted, "importance ratios are there to be used")
     low, high = params["eps"]
     loss_type, beta, bonus = params["loss_type"], params.get("beta") or 0.0, params.get("entc") or 0.0
     _unsupported(bonus != 0 and "entropies" not in inputs, "no entropies to reward")
     by_token = loss_type in ("bnpo", "dapo")
     _unsupported(bonus != 0 and not by_token, "the entropy is averaged like the loss, not always over tokens")
     options = {"clip_low": low, "clip_high": high, "kl_coeff": beta, "entropy_coeff": bonus}
-    return _trl_case(inputs, loss_type, inputs["mask"].shape[1], params["level"], options)
+    return _trl_case(inputs, loss_type, inputs["mask"].shape[1], params["level"], options, params.get("opsm"))
 
 
 def _liger_grpo_loss(inputs: Arrays, params: Params) -> Result:
-    _unsupported("importance_sampling_ratio" in inputs, "no rollout correction")
     _only_neutral(params, delta=None)
     horizon, level = params.get("max_completion_length"), params.get("importance_sampling_level", "token")
     low, high = params.get("epsilon_low", 0.2), params.get("epsilon_high", 0.2)
@@ -352,9 +353,22 @@ def _liger_grpo_loss(inputs: Arrays, params: Params) -> Result:
     return _trl_case(inputs, params["loss_type"], horizon, level, options)
 
 
-def _trl_case(inputs: Arrays, loss_type: str, horizon: int | None, level: str, options: Params) -> Result:
+def _trl_case(
+    inputs: Arrays,
+    loss_type: str,
+    horizon: int | None,
+    level: str,
+    options: Params,
+    delta: float | None = None,
+) -> Result:
     mask, by_sequence = inputs["mask"] > 0, level == "sequence"
     weights = _trl_weights(mask, loss_type, horizon)
+    scale = _trl_scale(inputs, mask, delta)
+    if scale is not None:
+        _unsupported(options["kl_coeff"] != 0 or options["entropy_coeff"] != 0, "the other terms are not corrected")
+        varies = any(len(np.unique(row[kept])) > 1 for row, kept in zip(scale, mask))
+        _unsupported(by_sequence and varies, "a token's gradient has its own weight, not the mean over its sequence")
+        weights = _scaled(weights, scale)
     _refuse_clamped(inputs["log_prob"], inputs["old_log_prob"], mask, by_sequence)
     estimator = "k3" if options["kl_coeff"] else None
     if estimator:
@@ -460,6 +474,180 @@ def _nemo_kl_score_function(inputs: Arrays, params: Params) -> Result:
     return _kl_case(logp, ref_logp, params["kl_type"])
 
 
+# Rollout correction
+
+# Figures of verl in which a row without tokens counts; with ours it does not.
+_OVER_ROWS = re.compile("rollout_is_seq_|rollout_rs_seq_masked|training_|(rollout_)?(log_)?ppl|chi2_seq")
+_OVER_ROWS_BY_SEQUENCE = re.compile("rollout_is_(max|min|ratio)")
+
+
+def _scaled(weights: Tensor, factors: np.ndarray | None) -> Tensor:
+    """Weights of tokens whose losses are multiplied."""
+    return weights if factors is None else weights * torch.from_numpy(factors)
+
+
+def _figures(figures: dict[str, float], mask: np.ndarray, params: Params, prefix: str = "") -> Result:
+    by_sequence = params.get("rollout_is") == "sequence"
+    result = {}
+    for name, value in figures.items():
+        name = name.removeprefix("rollout_corr/")
+        over_rows = _OVER_ROWS.match(name) or (by_sequence and _OVER_ROWS_BY_SEQUENCE.match(name))
+        if not over_rows or mask.any(1).all():
+            result[f"metric.{prefix}{name}"] = value
+    return result
+
+
+def _tokens(array: np.ndarray, mask: np.ndarray) -> tuple[Tensor, Tensor, int]:
+    return _flat(array, mask), _ids(mask), len(mask)
+
+
+def _onto(values: Tensor, mask: np.ndarray) -> np.ndarray:
+    result = np.zeros(mask.shape, values.numpy().dtype)
+    result[mask] = values.numpy()
+    return result
+
+
+def _cut_options(params: Params) -> Params:
+    """verl's threshold is an upper bound, or two bounds with a line between them."""
+    *low, high = map(float, str(params["rollout_is_threshold"]).split("_"))
+    options = {"level": params["rollout_is"], "high": high, "low": low[0] if low else None}
+    return options | {"normalize": bool(params.get("rollout_is_batch_normalize"))}
+
+
+def _criteria(params: Params) -> list[rollout_correction.Criterion]:
+    names = [name.strip() for name in params["rollout_rs"].split(",")]
+    thresholds = str(params["rollout_rs_threshold"]).split(",")
+    criteria = []
+    for name, threshold in zip(names, thresholds * (len(names) if len(thresholds) == 1 else 1), strict=True):
+        level, _, statistic = name.rpartition("_")
+        _unsupported(statistic not in ("k1", "k2", "k3"), f"no statistic {name}")
+        *low, high = map(float, threshold.split("_"))
+        criteria.append(rollout_correction.Criterion(level, statistic, high, low[0] if low else None))
+    return criteria
+
+
+def _verl_rollout_weights(inputs: Arrays, params: Params) -> Result:
+    mask, options = inputs["response_mask"] > 0, _cut_options(params)
+    tokens = _tokens(inputs["log_ratio"], mask)
+    weights = _onto(rollout_correction.importance_weights(*tokens, **options), mask)
+    if options["normalize"] and weights.any():
+        weights /= _verl_norm(weights, mask, options["level"])
+    metrics = rollout_correction.importance_metrics(*tokens, **options)
+    return {"out.weights": weights} | _figures(metrics, mask, params)
+
+
+def _verl_norm(weights: np.ndarray, mask: np.ndarray, level: str) -> float:
+    """verl's mean of weights whose mean is 1: its counts are count + 1e-8."""
+    if level == "token":
+        return mask.sum() / (mask.sum() + _EPSILON)
+    exact, values = _weights(mask, "seq-mean-token-mean"), torch.from_numpy(weights)
+    return ((_as_verl(exact, mask) * values).sum() / (exact * values).sum()).item()
+
+
+def _verl_rejection_mask(inputs: Arrays, params: Params) -> Result:
+    mask, criteria = inputs["response_mask"] > 0, _criteria(params)
+    tokens = _tokens(inputs["log_ratio"], mask)
+    keep = _onto(rollout_correction.rejection_mask(*tokens, criteria), mask)
+    metrics = rollout_correction.rejection_metrics(*tokens, criteria)
+    return {"out.mask": keep.astype(inputs["response_mask"].dtype)} | _figures(metrics, mask, params)
+
+
+def _verl_off_policy_metrics(inputs: Arrays, params: Params) -> Result:
+    mask = inputs["response_mask"] > 0
+    return _off_policy_figures(inputs["old_log_prob"], inputs["rollout_log_prob"], mask, params)
+
+
+def _off_policy_figures(
+    old_logp: np.ndarray, rollout_logp: np.ndarray, mask: np.ndarray, params: Params, prefix: str = ""
+) -> Result:
+    _unsupported(not mask.any(), "nothing to measure")
+    metrics = rollout_correction.off_policy_metrics(_flat(old_logp, mask), *_tokens(rollout_logp, mask))
+    difference = old_logp - rollout_logp
+    exponents = {"k3_kl": difference, "ppl_ratio": -difference, "training_ppl": -old_logp, "rollout_ppl": -rollout_logp}
+    for name, exponent in exponents.items():
+        # verl bounds none of these.
+        if exponent[mask].max() > _MAX_LOG_RATIO:
+            del metrics[f"rollout_corr/{name}"]
+    return _figures(metrics, mask, params, prefix)
+
+
+def _verl_reinforce(inputs: Arrays, params: Params) -> Result:
+    """On the policy itself the clipped loss has this gradient, and as its value -A, which is not -A logp."""
+    logp, mask = inputs["log_prob"], inputs["response_mask"] > 0
+    weights = _scaled(_verl_weights(mask, params, params["loss_agg_mode"]), inputs.get("rollout_is_weights"))
+    case = _policy_case(logp, logp, inputs["advantages"], mask, weights, dual_clip=None)[0]
+    result = {"grad.loss.log_prob": case["grad.loss.log_prob"]}
+    if mask.any():
+        difference = _flat(logp - inputs["rollout_log_prob"], mask)
+        result["metric.actor/ppo_kl"] = -difference.mean().item()
+    return result
+
+
+def _verl_bypass(inputs: Arrays, params: Params) -> Result:
+    """The policy that drew the rollouts is the one that ratios start from; weights are for REINFORCE only."""
+    logp, rollout_logp, mask = inputs["log_prob"], inputs["old_log_prob"], inputs["response_mask"] > 0
+    tokens, kept = _tokens(logp - rollout_logp, mask), mask
+    metrics: dict[str, float] = {}
+    case = dict(inputs, rollout_log_prob=rollout_logp)
+    if params.get("rollout_is") is not None:
+        options = _cut_options(params)
+        metrics |= rollout_correction.importance_metrics(*tokens, **options)
+        case["rollout_is_weights"] = _onto(rollout_correction.importance_weights(*tokens, **options), mask)
+    if params.get("rollout_rs") is not None:
+        criteria = _criteria(params)
+        metrics |= rollout_correction.rejection_metrics(*tokens, criteria)
+        kept = _onto(rollout_correction.rejection_mask(*tokens, criteria), mask)
+    case["response_mask"] = kept
+    defaults = {"loss_agg_mode": "token-mean", "clip_ratio_low": 0.2, "clip_ratio_high": 0.2, "clip_ratio_c": 3.0}
+    if params.get("loss_type", "ppo_clip") == "reinforce":
+        result = _verl_reinforce(case, defaults | params)
+    else:
+        case.pop("rollout_is_weights", None)
+        result = _verl_policy_loss(by_sequence=False)(case, defaults | params)
+    figures = _figures(metrics, mask, params, "rollout_corr/")
+    return result | figures | _off_policy_figures(logp, rollout_logp, mask, params, "rollout_corr/")
+
+
+def _trl_scale(inputs: Arrays, mask: np.ndarray, delta: float | None) -> np.ndarray | None:
+    """What TRL multiplies the policy's loss by, and nothing else: importance ratios [B, T], sequences left out."""
+    scale = inputs.get("importance_sampling_ratio")
+    if scale is not None:
+        scale = np.broadcast_to(scale, mask.shape).copy()
+    if delta is None:
+        return scale
+    logp, old_logp = _flat(inputs["log_prob"], mask), _flat(inputs["old_log_prob"], mask)
+    advantage = _flat(inputs["advantages"][:, None], mask)
+    options = {"delta": delta}
+    keep = rollout_correction.off_policy_sequence_mask(logp, old_logp, advantage, _ids(mask), len(mask), **options)
+    kept = _onto(keep, mask)
+    return kept.astype(inputs["mask"].dtype) if scale is None else scale * kept
+
+
+def _slime_opsm(inputs: Arrays, params: Params) -> Result:
+    mask, lengths = inputs["loss_mask"] > 0, inputs["lens"]
+    ids = np.repeat(np.arange(len(lengths)), lengths)
+    logp, old_logp, advantage = (
+        torch.from_numpy(inputs[name][mask]) for name in ("log_prob", "old_log_prob", "advantages")
+    )
+    own = torch.from_numpy(ids[mask])
+    options = {"delta": params["opsm_delta"]}
+    keep = rollout_correction.off_policy_sequence_mask(logp, old_logp, advantage, own, len(lengths), **options).numpy()
+    idle = np.isin(ids[~mask], ids[mask][~keep])
+    _unsupported(bool(idle.any()), "a token that bears no loss is in no mask")
+    result = np.ones(mask.shape, inputs["loss_mask"].dtype)
+    result[mask] = keep
+    fraction = (~keep / np.bincount(ids[mask], minlength=len(lengths))[ids[mask]]).sum()
+    return {"out.mask": result, "out.clipfrac": fraction.astype(np.float32)}
+
+
+def _dapo_overlong(inputs: Arrays, params: Params) -> Result:
+    length, longest = inputs["length"], params["max_resp_len"]
+    _unsupported(bool((length > longest).any()), "no response is longer than allowed")
+    _unsupported(not 0 < params["overlong_buffer_len"] <= longest, "the buffer is a part of the length")
+    options = {"max_length": longest, "buffer": params["overlong_buffer_len"], "factor": params["penalty_factor"]}
+    return {"out.overlong_reward": overlong_penalty(torch.from_numpy(length), **options).numpy()}
+
+
 # Statistics of logits
 
 
@@ -523,14 +711,20 @@ OPS: dict[str, Callable[[Arrays, Params], Result]] = {
     "agg_loss_sdpo_fork": _agg_loss_fork,
     "compute_grpo_outcome_advantage": _verl_grpo,
     "compute_grpo_vectorized_outcome_advantage": _verl_grpo,
+    "compute_offpolicy_metrics": _verl_off_policy_metrics,
+    "compute_policy_loss_bypass_mode": _verl_bypass,
     "compute_policy_loss_gspo": _verl_policy_loss(by_sequence=True),
+    "compute_policy_loss_reinforce": _verl_reinforce,
     "compute_policy_loss_vanilla": _verl_policy_loss(by_sequence=False),
+    "compute_rollout_correction_weights": _verl_rollout_weights,
+    "compute_rollout_rejection_mask": _verl_rejection_mask,
     "cs336_compute_entropy": _cs336_compute_entropy,
     "cs336_compute_group_normalized_rewards": _cs336_group_normalized_rewards,
     "cs336_compute_grpo_clip_loss": _cs336_grpo_clip_loss,
     "cs336_grpo_microbatch_train_step": _cs336_grpo_microbatch_train_step,
     "cs336_masked_mean": _cs336_masked_mean,
     "cs336_masked_normalize": _cs336_masked_normalize,
+    "dapo_overlong": _dapo_overlong,
     "entropy_from_logits": _entropy_from_logits,
     "kl_penalty": _verl_kl_penalty,
     "kl_score_function": _nemo_kl_score_function,
@@ -539,6 +733,7 @@ OPS: dict[str, Callable[[Arrays, Params], Result]] = {
     "nemo_clipped_pg": _nemo_clipped_pg,
     "nemo_grpo_advantage": _nemo_grpo_advantage,
     "slime_approx_kl": _slime_approx_kl,
+    "slime_opsm": _slime_opsm,
     "slime_policy_loss": _slime_policy_loss,
     "trl_grpo_loss": _trl_grpo_loss,
     "vocab_parallel_logprob_entropy": _slime_logprob_entropy,

@@ -142,8 +142,6 @@ class TestPolicyLosses:
         refused("trl_grpo_loss", inputs, params | {"loss_type": "cispo"}, "cispo")
         refused("trl_grpo_loss", inputs | {"mask": MASK * [[1], [0], [1]]}, params, "without tokens")
         refused("trl_grpo_loss", inputs | {"old_log_prob": MASK * 25}, params, "bounded at 20")
-        weighted = policy_inputs() | {"rollout_is_weights": MASK}
-        refused("compute_policy_loss_vanilla", weighted, {"loss_agg_mode": "token-mean"} | CLIP, "rollout")
 
 
 class TestRegularisers:
@@ -199,6 +197,134 @@ class TestRegularisers:
         params = {"reference_policy_kl_penalty": 0.0, "token_level_loss": False}
         by_sequence = params | {"sequence_level_importance_ratios": True, "ratio_clip_c": 3.0}
         refused("nemo_clipped_pg", inputs, by_sequence, "ratio_clip_c")
+
+
+class TestRolloutCorrection:
+    """Ratios old / rollout of 2, 1/2; 4, 4; 1 in the rows of the mask: products of 1, 16 and 1."""
+
+    RATIOS = np.array([[2, 0.5, 1], [1, 4, 4], [1, 1, 1]])
+
+    def inputs(self, mask: np.ndarray = MASK) -> Arrays:
+        return {"log_ratio": np.where(mask > 0, np.log(self.RATIOS), np.nan), "response_mask": mask}
+
+    def weights(self, level: str, threshold: object, *, normalize: bool = False, mask: np.ndarray = MASK) -> Result:
+        params = {"rollout_is": level, "rollout_is_threshold": threshold, "rollout_is_batch_normalize": normalize}
+        return OPS["compute_rollout_correction_weights"](self.inputs(mask), params)
+
+    def test_weights(self) -> None:
+        assert_close(self.weights("token", 3)["out.weights"], [[2, 0.5, 0], [0, 3, 3], [1, 0, 0]])
+        assert_close(self.weights("token", "1_2")["out.weights"], [[2, 0, 0], [0, 0, 0], [1, 0, 0]])
+        result = self.weights("sequence", "3.0")
+        assert_close(result["out.weights"], [[1, 1, 0], [0, 3, 3], [1, 0, 0]])
+        assert_close(result["metric.rollout_is_mean"], 9 / 5)
+        assert_close(result["metric.rollout_is_seq_mean"], 5 / 3)
+
+    def test_normalized_by_counts_that_are_a_little_larger(self) -> None:
+        token, sequence = (self.weights(level, 3, normalize=True) for level in ("token", "sequence"))
+        assert_close(token["out.weights"][0, 0], 2 / (9.5 / (5 + 1e-8)))
+        assert_close(sequence["out.weights"][1, 1], 3 / ((2 / (2 + 1e-8) + 6 / (2 + 1e-8) + 1 / (1 + 1e-8)) / 3))
+        assert not self.weights("token", "8_9", normalize=True)["out.weights"].any()
+
+    def test_figures_that_count_empty_rows_are_left_out(self) -> None:
+        result = self.weights("sequence", 3, mask=MASK * [[1], [1], [0]])
+        assert "metric.rollout_is_seq_mean" not in result
+        assert "metric.rollout_is_max" not in result
+        assert_close(result["metric.rollout_is_mean"], 2)
+
+    def test_rejection(self) -> None:
+        def mask(names: str, thresholds: object) -> np.ndarray:
+            params = {"rollout_rs": names, "rollout_rs_threshold": thresholds}
+            return OPS["compute_rollout_rejection_mask"](self.inputs(), params)["out.mask"]
+
+        assert_close(mask("token_k1", "0.3_1.5"), [[1, 0, 0], [0, 0, 0], [1, 0, 0]])
+        assert_close(mask("seq_max_k3", 0.5), [[1, 1, 0], [0, 0, 0], [1, 0, 0]])
+        assert_close(mask("token_k3,seq_sum_k2", "0.25,9"), [[0, 1, 0], [0, 0, 0], [1, 0, 0]])
+        assert_close(mask("token_k2,seq_sum_k2", "0.1"), [[0, 0, 0], [0, 0, 0], [1, 0, 0]])
+        params = {"rollout_rs": "binary_kl", "rollout_rs_threshold": 0.1}
+        refused("compute_rollout_rejection_mask", self.inputs(), params, "no statistic binary_kl")
+
+    def test_off_policy_figures(self) -> None:
+        rollout = np.full_like(MASK, -1.0)
+        inputs = {"response_mask": MASK, "rollout_log_prob": rollout, "old_log_prob": rollout + np.log(self.RATIOS)}
+        result = OPS["compute_offpolicy_metrics"](inputs, {})
+        assert_close(result["metric.kl"], -4 * math.log(2) / 5)
+        assert_close(result["metric.chi2_seq"], (1 + 256 + 1) / 3 - 1)
+        far = OPS["compute_offpolicy_metrics"](inputs | {"rollout_log_prob": rollout - 30}, {})
+        assert {"metric.k3_kl", "metric.rollout_ppl"}.isdisjoint(far)
+        refused("compute_offpolicy_metrics", inputs | {"response_mask": MASK * 0}, {}, "nothing to measure")
+
+    @pytest.mark.parametrize("operation", ["compute_policy_loss_vanilla", "compute_policy_loss_gspo"])
+    def test_weights_multiply_after_the_clip(self, operation: str) -> None:
+        weights = {"rollout_is_weights": np.where(MASK > 0, 0.5, np.nan)}
+        params = {"loss_agg_mode": "token-mean"} | CLIP
+        for ratio, loss, slope in ((1.1, -2.2, -2.2), (1.5, -2.4, 0.0)):
+            result = OPS[operation](policy_inputs(ratio) | weights, params)
+            np.testing.assert_allclose(result["out.loss"], loss / 2, rtol=1e-7)
+            np.testing.assert_allclose(result["grad.loss.log_prob"].sum(), slope / 2, rtol=1e-7)
+
+    def test_reinforce_is_a_gradient_only(self) -> None:
+        inputs = policy_inputs(1.5) | {"rollout_is_weights": 0.5 * MASK, "rollout_log_prob": np.zeros_like(MASK)}
+        result = OPS["compute_policy_loss_reinforce"](inputs, {"loss_agg_mode": "token-mean"})
+        assert_close(result["grad.loss.log_prob"], MASK * -2 / 2 / 5)
+        assert_close(result["metric.actor/ppo_kl"], -math.log(1.5))
+        assert "out.loss" not in result
+
+    def test_bypass(self) -> None:
+        """Weights are for REINFORCE; what is rejected leaves the denominator."""
+        inputs = policy_inputs(1.1)
+        inputs["old_log_prob"] = np.where([[1, 0, 0], [0, 0, 0], [0, 0, 0]], -5.0, 0.0)
+        params = {"rollout_is": "token", "rollout_is_threshold": 1.05, "rollout_rs": "token_k3"}
+        params["rollout_rs_threshold"] = "0.3"
+        left = MASK * [[0, 1, 1], [1, 1, 1], [1, 1, 1]]
+        clipped = OPS["compute_policy_loss_bypass_mode"](inputs, {"loss_type": "ppo_clip", **params})
+        assert_close(clipped["grad.loss.log_prob"], left * -2.2 / 4)
+        reinforce = OPS["compute_policy_loss_bypass_mode"](inputs, {"loss_type": "reinforce", **params})
+        assert_close(reinforce["grad.loss.log_prob"], left * 1.05 * -2 / 4)
+        for result in (clipped, reinforce):
+            assert_close(result["metric.rollout_corr/rollout_rs_masked_fraction"], 1 / 5)
+            assert_close(result["metric.rollout_corr/rollout_is_mean"], 1.05)
+
+    def test_trl_multiplies_and_leaves_out(self) -> None:
+        params = {"loss_type": "bnpo", "level": "token", "eps": [0.2, 0.2]}
+        inputs = policy_inputs(0.9) | {"mask": MASK, "advantages": np.array([-2.0, -2.0, 2.0])}
+        inputs["log_prob"] = np.where(MASK > 0, np.log([[0.9], [1.1], [0.9]]), np.nan)
+        left = MASK * [[0], [2.2], [-1.8]] / 5
+        dropped = OPS["trl_grpo_loss"](inputs, params | {"opsm": 0.05})
+        assert_close(dropped["grad.loss.log_prob"], left)
+        ratios = inputs | {"importance_sampling_ratio": np.array([[0.5], [0.5], [3.0]])}
+        both = OPS["trl_grpo_loss"](ratios, params | {"opsm": 0.05, "vllm": True})
+        assert_close(both["grad.loss.log_prob"], left * [[0.5], [0.5], [3]])
+        liger = OPS["liger_grpo_loss"](ratios, {"loss_type": "bnpo", "beta": 0.0})
+        assert_close(liger["grad.loss.log_prob"], MASK * [[0.9], [1.1], [-5.4]] / 5)
+
+    def test_trl_refusals(self) -> None:
+        params = {"loss_type": "bnpo", "level": "token", "eps": [0.2, 0.2], "vllm": True}
+        inputs = policy_inputs() | {"mask": MASK, "advantages": np.ones(3), "entropies": MASK, "ref_log_prob": MASK}
+        ratios = inputs | {"importance_sampling_ratio": np.arange(9.0).reshape(3, 3)}
+        refused("trl_grpo_loss", inputs, params, "there to be used")
+        refused("trl_grpo_loss", ratios, params | {"vllm": False}, "there to be used")
+        refused("trl_grpo_loss", ratios, params | {"beta": 0.1}, "other terms are not corrected")
+        refused("trl_grpo_loss", ratios, params | {"entc": 0.1}, "other terms are not corrected")
+        refused("trl_grpo_loss", ratios, params | {"level": "sequence"}, "own weight")
+        refused("liger_grpo_loss", ratios, {"loss_type": "bnpo"}, "other terms are not corrected")
+
+    def test_slime_masks(self) -> None:
+        old = np.zeros(5, np.float32)
+        inputs = {"log_prob": old - 0.2, "old_log_prob": old, "lens": np.array([2, 3])}
+        inputs |= {"advantages": np.array([-1, -1, 1, 1, 1], np.float32), "loss_mask": np.ones(5, np.float32)}
+        result = OPS["slime_opsm"](inputs, {"opsm_delta": 0.1})
+        assert_close(result["out.mask"], [0, 0, 1, 1, 1])
+        assert_close(result["out.clipfrac"], 1)
+        assert_close(OPS["slime_opsm"](inputs, {"opsm_delta": 0.3})["out.clipfrac"], 0)
+        masked = inputs | {"loss_mask": np.array([1, 0, 1, 1, 1], np.float32)}
+        refused("slime_opsm", masked, {"opsm_delta": 0.1}, "bears no loss")
+
+    def test_overlong(self) -> None:
+        inputs = {"length": np.array([6, 7, 8]), "base_score": np.ones(3)}
+        params = {"max_resp_len": 8, "overlong_buffer_len": 2, "penalty_factor": 0.5}
+        assert_close(OPS["dapo_overlong"](inputs, params)["out.overlong_reward"], [0, -0.25, -0.5])
+        refused("dapo_overlong", inputs, params | {"max_resp_len": 7}, "longer than allowed")
+        refused("dapo_overlong", inputs, params | {"overlong_buffer_len": 0}, "a part of the length")
 
 
 class TestDistances:
