@@ -91,7 +91,7 @@ Held-out greedy accuracy on {task.HELD_OUT} problems
   Hugging Face model  {summary["hf_dir"]}
   this summary        {OUT / "summary.json"}
 
-Next: the same job cut into a pipeline:  make quickstart LAYOUT=pp2"""
+Next: the same job, cut another way:  make quickstart LAYOUT={"dp2" if options.layout == "pp2" else "pp2"}"""
     )
 
 

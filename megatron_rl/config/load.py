@@ -14,29 +14,27 @@ from yaml import YAMLError
 from megatron_rl.config.rules import Config, ConfigError, check
 from megatron_rl.config.schema import SCHEMAS, Algorithm, DType, GrpoConfig, SftConfig
 
-# GRPO (Shao et al., 2024, with dual clip), Dr. GRPO (Liu et al., 2025), GSPO (Zheng et al., 2025).
+# What a named algorithm is where the config leaves an option open: GRPO's values, and what each paper has otherwise.
+GRPO: dict[str, Any] = {
+    "clip_low": 0.2,
+    "clip_high": 0.2,
+    "dual_clip": 3.0,
+    "normalize_by_std": True,
+    "aggregation": "token-mean",
+    "max_rollout_batches": 1,
+    "overlong_buffer": 0,
+    "drop_truncated": False,
+}
 ALGORITHM_DEFAULTS: dict[Algorithm, dict[str, Any]] = {
-    Algorithm.grpo: {
-        "clip_low": 0.2,
-        "clip_high": 0.2,
-        "dual_clip": 3.0,
-        "normalize_by_std": True,
-        "aggregation": "token-mean",
-    },
-    Algorithm.dr_grpo: {
-        "clip_low": 0.2,
-        "clip_high": 0.2,
-        "dual_clip": 3.0,
-        "normalize_by_std": False,
-        "aggregation": "seq-mean-token-sum-norm",
-    },
-    Algorithm.gspo: {
-        "clip_low": 3e-4,
-        "clip_high": 4e-4,
-        "dual_clip": 0.0,
-        "normalize_by_std": True,
-        "aggregation": "seq-mean-token-mean",
-    },
+    # Shao et al., 2024; token mean and dual clip as in verl.
+    Algorithm.grpo: GRPO,
+    # Liu et al., 2025.
+    Algorithm.dr_grpo: GRPO | {"normalize_by_std": False, "aggregation": "seq-mean-token-sum-norm"},
+    # Zheng et al., 2025.
+    Algorithm.gspo: GRPO
+    | {"clip_low": 3e-4, "clip_high": 4e-4, "dual_clip": 0.0, "aggregation": "seq-mean-token-mean"},
+    # Yu et al., 2025: clip higher, refill silent groups, and a soft limit on length (a fifth of it, as in the paper).
+    Algorithm.dapo: GRPO | {"clip_high": 0.28, "max_rollout_batches": 10, "overlong_buffer": None},
 }
 
 
@@ -188,6 +186,8 @@ def _complete(config: Config) -> list[str]:
     if isinstance(config, GrpoConfig):
         for key, value in ALGORITHM_DEFAULTS[config.algorithm.name].items():
             if getattr(config.algorithm, key) is None:
+                if key == "overlong_buffer" and value is None:
+                    value = config.rollout.max_new_tokens // 5
                 setattr(config.algorithm, key, value)
                 filled.append(f"algorithm.{key}")
     if config.rollout.parity_tolerance is None:

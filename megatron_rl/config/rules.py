@@ -1,6 +1,6 @@
 """Values and combinations that cannot be run."""
 
-from megatron_rl.config.schema import GrpoConfig, KLEstimator, KLPlace, RolloutConfig, SftConfig
+from megatron_rl.config.schema import CorrectionLevel, GrpoConfig, KLEstimator, KLPlace, RolloutConfig, SftConfig
 
 Config = SftConfig | GrpoConfig
 
@@ -90,6 +90,7 @@ def _check_grpo(config: GrpoConfig) -> None:
         mini_batches > 0 and config.train.batch_size % mini_batches == 0,
         f"train.mini_batches_per_step={mini_batches} does not divide train.batch_size={config.train.batch_size}",
     )
+    _check_correction(config)
     epochs = config.train.epochs_per_step
     _require(epochs > 0, f"train.epochs_per_step={epochs} must be greater than 0")
     _require(kl.coeff >= 0, f"kl.coeff={kl.coeff} must not be negative")
@@ -106,4 +107,25 @@ def _check_grpo(config: GrpoConfig) -> None:
         config.rollout.top_p == 1.0 and config.rollout.top_k == 0,
         "rollout.top_p < 1 or rollout.top_k > 0 would train on samples of another distribution than the loss assumes; "
         "use them for evaluation and supervised runs only",
+    )
+
+
+def _check_correction(config: GrpoConfig) -> None:
+    algorithm, correction, longest = config.algorithm, config.rollout_correction, config.rollout.max_new_tokens
+    batches, buffer = algorithm.max_rollout_batches, algorithm.overlong_buffer
+    assert batches is not None and buffer is not None
+    _require(batches >= 1, f"algorithm.max_rollout_batches={batches} must be at least 1, which draws no more")
+    _require(
+        0 <= buffer <= longest,
+        f"algorithm.overlong_buffer={buffer} must be between 0 and rollout.max_new_tokens={longest}",
+    )
+    _require(correction.high > 0, f"rollout_correction.high={correction.high} must be greater than 0")
+    _require(
+        correction.low is None or 0 < correction.low <= correction.high,
+        f"rollout_correction.low={correction.low} must be above 0 and at most high={correction.high}",
+    )
+    _require(
+        not (correction.bypass and (correction.level is not CorrectionLevel.none or correction.reject)),
+        "rollout_correction.bypass=true takes the engine's policy for the old one, so there is nothing between them to "
+        "correct: remove rollout_correction.level and rollout_correction.reject, or bypass",
     )

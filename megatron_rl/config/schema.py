@@ -44,6 +44,15 @@ class Algorithm(StrEnum):
     grpo = "grpo"
     dr_grpo = "dr_grpo"
     gspo = "gspo"
+    dapo = "dapo"
+
+
+class CorrectionLevel(StrEnum):
+    """Which ratio weighs a token that another policy drew: none, its own, or that of its whole response."""
+
+    none = "none"
+    token = "token"
+    sequence = "sequence"
 
 
 class KLPlace(StrEnum):
@@ -167,6 +176,10 @@ class AlgorithmConfig:
     normalize_by_std: bool | None = None
     aggregation: str | None = None  # how tokens are weighed, see the docs
     entropy_coeff: float = 0.0
+    max_rollout_batches: int | None = None  # drawn per step at most, to replace groups that teach nothing; 1: no more
+    overlong_buffer: int | None = None  # tokens before the limit from which on length costs reward; 0 for none
+    overlong_factor: float = 1.0  # what the longest response loses
+    drop_truncated: bool | None = None  # responses cut off at the limit bear no loss
 
 
 @dataclass(kw_only=True)
@@ -176,6 +189,19 @@ class KLConfig:
     where: KLPlace = KLPlace.none
     estimator: KLEstimator = KLEstimator.k3
     coeff: float = 0.001
+
+
+@dataclass(kw_only=True)
+class RolloutCorrectionConfig:
+    """What is done about rollouts that were not drawn from the policy which the update starts from."""
+
+    level: CorrectionLevel = CorrectionLevel.none  # importance weights on the loss
+    high: float = 2.0  # larger weights are cut to it
+    low: float | None = None  # with it, weights outside of [low, high] are 0 instead (IcePop)
+    normalize: bool = False  # divide the weights by their mean over the batch
+    reject: dict[str, Any] = field(default_factory=dict)  # criterion: bound, as seq_mean_k3: 0.1; beyond it no loss
+    bypass: bool = False  # the update starts from the engine's log-probabilities, without a pass of the trainer's own
+    opsm_delta: float | None = None  # bad responses whose log-probabilities fell by more than this on average: no loss
 
 
 @dataclass(kw_only=True)
@@ -240,6 +266,7 @@ class GrpoConfig:
     reward: RewardConfig = field(default_factory=RewardConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     kl: KLConfig = field(default_factory=KLConfig)
+    rollout_correction: RolloutCorrectionConfig = field(default_factory=RolloutCorrectionConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)

@@ -10,18 +10,19 @@ from torch import Tensor
 
 from megatron_rl.algorithms import advantages
 from megatron_rl.algorithms.kl import kl
-from megatron_rl.config.schema import Algorithm, GrpoConfig, KLPlace
+from megatron_rl.algorithms.overlong import overlong_penalty
+from megatron_rl.config.schema import Algorithm, CorrectionLevel, GrpoConfig, KLPlace, RolloutCorrectionConfig
 from megatron_rl.data.samples import Sample, from_example, weighed
 from megatron_rl.data.sources import PromptSource
 from megatron_rl.metrics.timing import Timer
 from megatron_rl.metrics.types import Max, Mean, Metrics, StepLog, Sum, merge
 from megatron_rl.parallel.mesh import Mesh
-from megatron_rl.rollout.engine import Sampling
 from megatron_rl.rollout.sync import check_parity, parity_gap, push
+from megatron_rl.trainers.correction import correct, with_rollout_log_probs
 from megatron_rl.trainers.data import train_prompts
-from megatron_rl.trainers.evaluate import TRAINING
-from megatron_rl.trainers.parts import Parts, score
+from megatron_rl.trainers.parts import Parts
 from megatron_rl.trainers.rollout_metrics import rollout_histograms, rollout_metrics
+from megatron_rl.trainers.rollouts import rollout_batch
 from megatron_rl.types import RolloutGroup
 from megatron_rl.workers.model_worker import ModelWorker
 from megatron_rl.workers.objective import PolicyGradient
@@ -41,48 +42,79 @@ class GrpoTrainer:
     ) -> None:
         self.config, self.actor, self.reference, self.parts, self.source = config, actor, reference, parts, source
         self.objective = policy_objective(config)
+        correction = config.rollout_correction
+        self.needs_old = not correction.bypass and (
+            not self.objective.on_policy or config.kl.where is KLPlace.reward or is_corrected(correction)
+        )
         self.probed = False
 
     def step(self, step: int, timer: Timer) -> StepLog:
-        config, actor, engine = self.config, self.actor, self.parts.engine
+        config, actor = self.config, self.actor
         with timer("sync"):
-            push(actor.named_hf_weights, engine, actor.version)
-        with timer("gen"):
-            groups = engine.generate(self.source.next(config.train.batch_size), self._sampling(step))
-        with timer("reward"):
-            groups = score(self.parts.pool, groups)
-        samples = to_samples(groups)
+            push(actor.named_hf_weights, self.parts.engine, actor.version)
+        groups, metrics = rollout_batch(config, self.parts, self.source, step, timer)
+        samples = to_samples(groups, drop_truncated=bool(config.algorithm.drop_truncated))
+        samples, figures = self._with_policies(groups, samples, step, timer)
+        metrics |= figures
+        with timer("adv"):
+            rewards, figures = self._shaped(groups, samples)
+            metrics |= figures
+            values = group_advantages(groups, rewards, normalize_by_std=bool(config.algorithm.normalize_by_std))
+            samples = [sample.with_constant("advantages", value) for sample, value in zip(samples, values.tolist())]
+        metrics |= rollout_metrics(groups, values)
+        with timer("update_actor"):
+            metrics |= self._update(samples)
+        return StepLog(metrics, rollout_histograms(groups, values))
+
+    def _with_policies(
+        self, groups: Sequence[RolloutGroup], samples: list[Sample], step: int, timer: Timer
+    ) -> tuple[list[Sample], dict[str, float]]:
+        """Log-probabilities of the policies that the loss compares with, and the correction between them."""
+        config, temperature = self.config, self.config.rollout.temperature
         metrics: dict[str, float] = {}
         probe = self._is_probe(step)
-        if probe or not self.objective.on_policy or config.kl.where is KLPlace.reward:
+        if probe or self.needs_old:
             with timer("old_log_prob"):
-                log_probs = actor.log_probs(samples, self._plan(samples), config.rollout.temperature)
+                log_probs = self.actor.log_probs(samples, self._plan(samples), temperature)
             samples = [sample.with_loss_field("old_log_probs", log_probs[sample.id]) for sample in samples]
             if probe:
                 metrics |= self._check_parity(groups, log_probs)
         if self.reference is not None:
             with timer("ref"):
-                log_probs = self.reference.log_probs(samples, self._plan(samples), config.rollout.temperature)
+                log_probs = self.reference.log_probs(samples, self._plan(samples), temperature)
             samples = [sample.with_loss_field("ref_log_probs", log_probs[sample.id]) for sample in samples]
-        with timer("adv"):
-            rewards, penalty = self._penalised(reward_values(groups), samples)
-            values = group_advantages(groups, rewards, normalize_by_std=bool(config.algorithm.normalize_by_std))
-            samples = [sample.with_constant("advantages", value) for sample, value in zip(samples, values.tolist())]
-        with timer("update_actor"):
-            metrics |= self._update(samples)
-        return StepLog(rollout_metrics(groups, values) | penalty | metrics, rollout_histograms(groups, values))
+        if is_corrected(config.rollout_correction):
+            samples = with_rollout_log_probs(samples, groups)
+            if config.rollout_correction.bypass:
+                samples = [sample.with_field("old_log_probs", sample.fields["rollout_log_probs"]) for sample in samples]
+            samples, figures = correct(samples, config.rollout_correction)
+            metrics |= figures
+        return samples, metrics
 
-    def _penalised(self, rewards: Tensor, samples: Sequence[Sample]) -> tuple[Tensor, dict[str, float]]:
-        """Rewards [n], less the distance to the reference where the config wants it there."""
-        settings = self.config.kl
-        if settings.where is not KLPlace.reward:
-            return rewards, {}
-        distances = sample_kl(samples, settings.estimator.value)
-        means = [float(distance.mean()) for distance in distances if distance.numel()]
-        return rewards - settings.coeff * torch.stack([distance.sum() for distance in distances]), {
-            "actor/reward_kl_penalty": fmean(means) if means else math.nan,
-            "actor/reward_kl_penalty_coeff": settings.coeff,
-        }
+    def _shaped(self, groups: Sequence[RolloutGroup], samples: Sequence[Sample]) -> tuple[Tensor, dict[str, float]]:
+        """Rewards [n], less what length and distance to the reference cost where the config says so."""
+        algorithm, settings = self.config.algorithm, self.config.kl
+        rewards = reward_values(groups)
+        metrics: dict[str, float] = {}
+        if algorithm.overlong_buffer:
+            lengths = torch.tensor([sample.response_length for sample in samples])
+            penalty = overlong_penalty(
+                lengths,
+                max_length=self.config.rollout.max_new_tokens,
+                buffer=algorithm.overlong_buffer,
+                factor=algorithm.overlong_factor,
+            )
+            rewards = rewards + penalty
+            metrics |= {"reward/overlong": float(penalty.mean()), "rollout/overlong": fmean((penalty < 0).tolist())}
+        if settings.where is KLPlace.reward:
+            distances = sample_kl(samples, settings.estimator.value)
+            rewards = rewards - settings.coeff * torch.stack([distance.sum() for distance in distances])
+            means = [float(distance.mean()) for distance in distances if distance.numel()]
+            metrics |= {
+                "actor/reward_kl_penalty": fmean(means) if means else math.nan,
+                "actor/reward_kl_penalty_coeff": settings.coeff,
+            }
+        return rewards, metrics
 
     def _update(self, samples: Sequence[Sample]) -> dict[str, float]:
         """Mini-batches of whole groups, in order. A loss is logged as its mean over the updates."""
@@ -106,18 +138,6 @@ class GrpoTrainer:
 
     def _plan(self, samples: Sequence[Sample]) -> Any:
         return self.actor.plan(samples, self.config.train.max_tokens_per_micro_batch)
-
-    def _sampling(self, step: int) -> Sampling:
-        rollout = self.config.rollout
-        return Sampling(
-            group_size=rollout.group_size,
-            max_new_tokens=rollout.max_new_tokens,
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            top_k=rollout.top_k,
-            seed=self.config.train.seed,
-            stream=(TRAINING, step),
-        )
 
     def _is_probe(self, step: int) -> bool:
         """After the first weight update of this process, and every so many steps."""
@@ -163,13 +183,23 @@ def group_advantages(groups: Sequence[RolloutGroup], rewards: Tensor, *, normali
     return advantages.grpo(rewards, group_ids, normalize_by_std=normalize_by_std)
 
 
-def to_samples(groups: Sequence[RolloutGroup]) -> list[Sample]:
-    """Rollouts in order, numbered from 0. A response that could not be judged bears no loss."""
+def is_corrected(config: RolloutCorrectionConfig) -> bool:
+    """Whether anything compares the engine's policy with the one that the update starts from."""
+    return config.level is not CorrectionLevel.none or bool(config.reject) or config.bypass
+
+
+def to_samples(groups: Sequence[RolloutGroup], *, drop_truncated: bool = False) -> list[Sample]:
+    """Rollouts in order, numbered from 0. A response that could not be judged bears no loss.
+
+    Nor does one that was cut off at the limit with `drop_truncated` (DAPO's overlong filtering); its reward still
+    counts in its group.
+    """
     pairs = [(group, i) for group in groups for i in range(len(group.rollouts))]
     samples = []
     for number, (group, i) in enumerate(pairs):
         sample = from_example(number, group.prompt.token_ids, group.rollouts[i].token_ids)
-        samples.append(sample if group.rewards[i].reason is None else sample.without_loss())
+        dropped = drop_truncated and group.rollouts[i].finish_reason == "length"
+        samples.append(sample.without_loss() if dropped or group.rewards[i].reason is not None else sample)
     return samples
 
 
@@ -187,7 +217,9 @@ def policy_objective(config: GrpoConfig) -> PolicyGradient:
         kl_estimator=config.kl.estimator.value if config.kl.where is KLPlace.loss else None,
         kl_coeff=config.kl.coeff,
         temperature=config.rollout.temperature,
-        on_policy=updates_per_step(config) == 1,
+        corrected=config.rollout_correction.level is not CorrectionLevel.none,
+        opsm_delta=config.rollout_correction.opsm_delta,
+        on_policy=updates_per_step(config) == 1 and not config.rollout_correction.bypass,
     )
 
 

@@ -20,6 +20,7 @@ from megatron_rl.data.tokenizer import load_tokenizer
 from megatron_rl.models.hf_config import ModelShape, check_layout, load_shape, num_parameters
 from megatron_rl.models.hf_map import WeightMap
 from megatron_rl.rewards.pool import RewardPool
+from megatron_rl.trainers.correction import read_criteria
 from megatron_rl.trainers.data import held_out_prompts, train_examples, train_prompts
 from megatron_rl.trainers.resume import latest_checkpoint
 
@@ -46,6 +47,8 @@ def preflight(config: Config) -> Findings:
     _check_vocabulary(tokenizer, shape)
     lengths, rows = _first_step(config, tokenizer)
     held_out = held_out_prompts(config, tokenizer)
+    if not isinstance(config, SftConfig):
+        read_criteria(config.rollout_correction.reject)
     if not isinstance(config, SftConfig) or held_out is not None:
         RewardPool(config.reward.name, config.reward.options, workers=1, deadline_s=config.reward.deadline_s).close()
     _plan(config, lengths)

@@ -17,14 +17,13 @@ def _summary(name: str, values: Sequence[float]) -> dict[str, float]:
 
 
 def rollout_metrics(groups: Sequence[RolloutGroup], advantages: Tensor) -> dict[str, float]:
-    """Rewards and their parts, failures by kind, lengths, advantages, and how many groups teach nothing."""
+    """Rewards and their parts, failures by kind, lengths, advantages."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     rewards = [reward for group in groups for reward in group.rewards]
     judged = [reward for reward in rewards if reward.reason is None]
     lengths = [float(len(rollout.token_ids)) for rollout in rollouts]
     parts = sorted({name for reward in judged for name in reward.parts})
     failures = count_failures(rewards)
-    silent = sum(len({reward.value for reward in group.rewards if reward.reason is None}) < 2 for group in groups)
     tokens = sum(lengths) + sum(len(group.prompt.token_ids) * len(group.rollouts) for group in groups)
     return {
         **_summary("critic/score", [reward.value for reward in judged]),
@@ -36,7 +35,6 @@ def rollout_metrics(groups: Sequence[RolloutGroup], advantages: Tensor) -> dict[
         "response_length/clip_ratio": fmean(rollout.finish_reason == "length" for rollout in rollouts),
         **_summary("prompt_length", [float(len(group.prompt.token_ids)) for group in groups]),
         "rollout/correct": fmean(map(is_correct, rewards)),
-        "rollout/silent_groups": silent / len(groups),
         "rollout/entropy": -fmean(log_prob for rollout in rollouts for log_prob in rollout.log_probs),
         "perf/total_num_tokens": tokens,
     }

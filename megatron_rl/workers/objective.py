@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_rl.algorithms import policy_loss
 from megatron_rl.algorithms.kl import kl
+from megatron_rl.algorithms.rollout_correction import off_policy_sequence_mask
 from megatron_rl.data.collate import MicroBatch
 from megatron_rl.metrics.types import Max, Mean, Metrics, Sum
 from megatron_rl.models.build import LanguageModel
@@ -108,6 +109,8 @@ class PolicyGradient:
     clip_high: float
     dual_clip: float | None
     entropy_coeff: float
+    corrected: bool = False  # the policy loss is multiplied by the field `rollout_weights`
+    opsm_delta: float | None = None
     kl_estimator: str | None = None  # of the distance to the reference; None for none
     kl_coeff: float = 0.0
     temperature: float
@@ -123,6 +126,8 @@ class PolicyGradient:
         names = ["weights", "advantages"]
         if not self.on_policy:
             names.append("old_log_probs")
+        if self.corrected:
+            names.append("rollout_weights")
         if self.kl_estimator is not None:
             names.append("ref_log_probs")
         return tuple(names)
@@ -151,10 +156,23 @@ class PolicyGradient:
                 clip_high=self.clip_high,
                 dual_clip=self.dual_clip,
             )
-        pg_loss = (weights * terms.loss).sum()
+        pg_weights = weights * batch.fields["rollout_weights"] if self.corrected else weights
+        metrics: Metrics = {}
+        if self.opsm_delta is not None:
+            keep = off_policy_sequence_mask(
+                logp,
+                old_logp,
+                batch.fields["advantages"],
+                batch.sequence_ids,
+                batch.num_sequences,
+                delta=self.opsm_delta,
+            )
+            pg_weights = pg_weights * keep
+            metrics["rollout_corr/opsm_masked_fraction"] = token_mean(~keep)
+        pg_loss = (pg_weights * terms.loss).sum()
         # The entropy's gradient costs a pass over the vocabulary, so it is not asked for at coefficient zero.
         loss = pg_loss - self.entropy_coeff * (weights * entropy).sum() if self.entropy_coeff else pg_loss
-        metrics: Metrics = {
+        metrics |= {
             "actor/pg_loss": Sum(float(pg_loss.detach())),
             "actor/entropy": token_mean(entropy),
             "actor/ppo_kl": token_mean(terms.approx_kl),

@@ -55,6 +55,8 @@ def test_algorithms_are_named_settings(file: Path) -> None:
     grpo = load_config(file).algorithm
     assert (grpo.clip_low, grpo.dual_clip, grpo.aggregation, grpo.normalize_by_std) == (0.2, 3.0, "token-mean", True)
     dr = load_config(file, ["algorithm.name=dr_grpo", "algorithm.clip_high=0.28"]).algorithm
+    dapo = load_config(file, ["algorithm.name=dapo"]).algorithm
+    assert (dapo.clip_low, dapo.clip_high, dapo.max_rollout_batches, dapo.overlong_buffer) == (0.2, 0.28, 10, 102)
     assert (dr.clip_high, dr.normalize_by_std, dr.aggregation) == (0.28, False, "seq-mean-token-sum-norm")
 
 
@@ -89,6 +91,10 @@ def test_parity_tolerance_follows_the_precision(file: Path) -> None:
         (["train.mini_batches_per_step=3"], r"train.mini_batches_per_step=3 does not divide train.batch_size=4"),
         (["train.epochs_per_step=0"], r"train.epochs_per_step=0 must be greater than 0"),
         (["kl.where=loss", "kl.estimator=k1"], r"kl.estimator=k1 cannot be a loss.*kl.where=reward"),
+        (["algorithm.max_rollout_batches=0"], r"algorithm.max_rollout_batches=0 must be at least 1"),
+        (["algorithm.overlong_buffer=600"], r"algorithm.overlong_buffer=600 .* rollout.max_new_tokens=512"),
+        (["rollout_correction.low=3"], r"rollout_correction.low=3.0 .* at most high=2.0"),
+        (["rollout_correction.bypass=true", "rollout_correction.level=token"], r"nothing between them to correct"),
         (["kl.coeff=-1"], r"kl.coeff=-1.0 must not be negative"),
         (["kl.where=both"], r"kl.where.*both"),
         (["algorithm.aggregation=mean"], r"algorithm.aggregation='mean' is not one of token-mean"),

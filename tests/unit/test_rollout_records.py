@@ -83,7 +83,6 @@ def test_figures() -> None:
     assert figures["reward/failed"] == figures["reward/failed/timeout"] == 1
     assert figures["response_length/mean"] == pytest.approx((2 + 1 + 4 + 1 + 1 + 1) / 6)
     assert figures["response_length/clip_ratio"] == pytest.approx(1 / 6)
-    assert figures["rollout/silent_groups"] == 0.5
     assert figures["rollout/correct"] == pytest.approx(1 / 6)
     assert figures["perf/total_num_tokens"] == 10 + 6 * 3
 

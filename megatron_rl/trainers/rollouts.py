@@ -1,0 +1,69 @@
+"""The rollout batch of a step: answer, judge, and where groups teach nothing, ask again."""
+
+from collections.abc import Callable, Sequence
+
+from megatron_rl.config.schema import GrpoConfig
+from megatron_rl.data.sources import PromptSource
+from megatron_rl.metrics.timing import Timer
+from megatron_rl.rollout.engine import Sampling
+from megatron_rl.trainers.evaluate import TRAINING
+from megatron_rl.trainers.parts import Parts, score
+from megatron_rl.types import RolloutGroup
+
+
+def is_silent(group: RolloutGroup) -> bool:
+    """All judged rewards are equal, or there are fewer than two: every advantage is zero."""
+    return len({reward.value for reward in group.rewards if reward.reason is None}) < 2
+
+
+def refill(draw: Callable[[int], Sequence[RolloutGroup]], size: int, most: int) -> tuple[list[RolloutGroup], int]:
+    """`size` groups that teach something, from at most `most` calls of `draw(number)`; and how many calls it took.
+
+    The dynamic sampling of DAPO (Yu et al., arXiv 2503.14476). Where they are not enough, silent groups fill up, which
+    teach nothing; where there are more, the last are dropped. With `most` 1 the batch is what was drawn.
+    """
+    telling: list[RolloutGroup] = []
+    silent: list[RolloutGroup] = []
+    calls = 0
+    while calls < most and len(telling) < size:
+        for group in draw(calls):
+            (silent if is_silent(group) and most > 1 else telling).append(group)
+        calls += 1
+    return (telling + silent)[:size], calls
+
+
+def rollout_batch(
+    config: GrpoConfig, parts: Parts, source: PromptSource, step: int, timer: Timer
+) -> tuple[list[RolloutGroup], dict[str, float]]:
+    """The scored groups of one step, and how they came about. Collective."""
+    size, most = config.train.batch_size, config.algorithm.max_rollout_batches
+    assert most is not None
+    drawn: list[RolloutGroup] = []
+
+    def draw(number: int) -> list[RolloutGroup]:
+        with timer("gen"):
+            groups = parts.engine.generate(source.next(size), sampling(config, step, number))
+        with timer("reward"):
+            groups = score(parts.pool, groups)
+        drawn.extend(groups)
+        return groups
+
+    groups, calls = refill(draw, size, most)
+    return groups, {
+        "rollout/batches": float(calls),
+        "rollout/silent_groups": sum(map(is_silent, drawn)) / len(drawn),
+    }
+
+
+def sampling(config: GrpoConfig, step: int, number: int) -> Sampling:
+    """How the `number`-th batch of a step is drawn: each has random numbers of its own."""
+    rollout = config.rollout
+    return Sampling(
+        group_size=rollout.group_size,
+        max_new_tokens=rollout.max_new_tokens,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        seed=config.train.seed,
+        stream=(TRAINING, step, number) if number else (TRAINING, step),
+    )
