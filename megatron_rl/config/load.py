@@ -12,10 +12,11 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 from yaml import YAMLError
 
 from megatron_rl.config.rules import Config, ConfigError, check
-from megatron_rl.config.schema import SCHEMAS, Algorithm, DType, GrpoConfig, SftConfig
+from megatron_rl.config.schema import SCHEMAS, Algorithm, DType, EmaAxis, EmaGradient, GrpoConfig, Loss, SftConfig
 
 # What a named algorithm is where the config leaves an option open: GRPO's values, and what each paper has otherwise.
 GRPO: dict[str, Any] = {
+    "loss": Loss.ppo_clip,
     "clip_low": 0.2,
     "clip_high": 0.2,
     "dual_clip": 3.0,
@@ -25,16 +26,27 @@ GRPO: dict[str, Any] = {
     "overlong_buffer": 0,
     "drop_truncated": False,
 }
+BY_SEQUENCE = GRPO | {"dual_clip": 0.0, "aggregation": "seq-mean-token-mean"}
 ALGORITHM_DEFAULTS: dict[Algorithm, dict[str, Any]] = {
     # Shao et al., 2024; token mean and dual clip as in verl.
     Algorithm.grpo: GRPO,
     # Liu et al., 2025.
     Algorithm.dr_grpo: GRPO | {"normalize_by_std": False, "aggregation": "seq-mean-token-sum-norm"},
-    # Zheng et al., 2025.
-    Algorithm.gspo: GRPO
-    | {"clip_low": 3e-4, "clip_high": 4e-4, "dual_clip": 0.0, "aggregation": "seq-mean-token-mean"},
     # Yu et al., 2025: clip higher, refill silent groups, and a soft limit on length (a fifth of it, as in the paper).
     Algorithm.dapo: GRPO | {"clip_high": 0.28, "max_rollout_batches": 10, "overlong_buffer": None},
+    # Zheng et al., 2025.
+    Algorithm.gspo: BY_SEQUENCE | {"loss": Loss.gspo, "clip_low": 3e-4, "clip_high": 4e-4},
+    # MiniMax-M1, 2025, with the cap of ScaleRL.
+    Algorithm.cispo: GRPO | {"loss": Loss.cispo, "clip_low": 1.0, "clip_high": 4.0},
+    # Gao et al., 2025.
+    Algorithm.sapo: BY_SEQUENCE | {"loss": Loss.sapo},
+    # Zhao et al., 2025.
+    Algorithm.gmpo: BY_SEQUENCE | {"loss": Loss.geo_mean, "clip_low": 0.4, "clip_high": 0.4},
+    # Qi et al., 2026.
+    Algorithm.dppo_tv: GRPO | {"loss": Loss.dppo_tv, "clip_low": 0.15, "clip_high": 0.15},
+    Algorithm.dppo_kl: GRPO | {"loss": Loss.dppo_kl, "clip_low": 0.05, "clip_high": 0.05},
+    # Richemond et al., 2024.
+    Algorithm.dro: GRPO | {"loss": Loss.dro},
 }
 
 
@@ -190,6 +202,10 @@ def _complete(config: Config) -> list[str]:
                     value = config.rollout.max_new_tokens // 5
                 setattr(config.algorithm, key, value)
                 filled.append(f"algorithm.{key}")
+        if config.ema.gradient is None:
+            by_step = config.ema.axis is EmaAxis.step
+            config.ema.gradient = EmaGradient.current if by_step else EmaGradient.full
+            filled.append("ema.gradient")
     if config.rollout.parity_tolerance is None:
         # Two implementations of one bfloat16 model differ by about this much on a token now and then.
         config.rollout.parity_tolerance = 1e-3 if config.model.dtype is DType.float32 else 0.25

@@ -1,6 +1,16 @@
 """Values and combinations that cannot be run."""
 
-from megatron_rl.config.schema import CorrectionLevel, GrpoConfig, KLEstimator, KLPlace, RolloutConfig, SftConfig
+from megatron_rl.config.schema import (
+    CorrectionLevel,
+    EmaAxis,
+    GrpoConfig,
+    KLEstimator,
+    KLGradient,
+    KLPlace,
+    Loss,
+    RolloutConfig,
+    SftConfig,
+)
 
 Config = SftConfig | GrpoConfig
 
@@ -44,6 +54,7 @@ def _check_positive(config: Config) -> None:
         "eval.samples": config.eval.samples,
         "checkpoint.every": config.checkpoint.every,
         "rollout.parity_every": config.rollout.parity_every,
+        "log.histograms_every": config.log.histograms_every,
     }.items():
         _require(value >= 0, f"{key}={value} must not be negative")
 
@@ -95,10 +106,19 @@ def _check_grpo(config: GrpoConfig) -> None:
     _require(epochs > 0, f"train.epochs_per_step={epochs} must be greater than 0")
     _require(kl.coeff >= 0, f"kl.coeff={kl.coeff} must not be negative")
     _require(
-        not (kl.where is KLPlace.loss and kl.estimator is KLEstimator.k1),
-        "kl.estimator=k1 cannot be a loss: its gradient does not depend on the reference; use k2 or k3, or "
-        "kl.where=reward",
+        not (kl.where is KLPlace.loss and kl.estimator is KLEstimator.k1 and kl.gradient is KLGradient.naive),
+        "kl.estimator=k1 with kl.gradient=naive cannot be a loss: its gradient does not depend on the reference; use "
+        "k2 or k3, another gradient, or kl.where=reward",
     )
+    ema = config.ema
+    _require(0 < ema.beta <= 1, f"ema.beta={ema.beta} must be in (0, 1]; it weighs the new value, so 1 smooths nothing")
+    _require(
+        ema.axis is EmaAxis.none or algorithm.loss is Loss.ppo_clip,
+        f"ema.axis={ema.axis.value} smooths the ratios of ppo_clip and does not go with algorithm.loss="
+        f"{algorithm.loss.value if algorithm.loss else None}: use ema.axis=none or algorithm.loss=ppo_clip",
+    )
+    for key in ("temperature_positive", "temperature_negative", "max_ratio", "pull"):
+        _require(getattr(algorithm, key) > 0, f"algorithm.{key}={getattr(algorithm, key)} must be greater than 0")
     _require(
         not algorithm.dual_clip or algorithm.dual_clip > 1,
         f"algorithm.dual_clip={algorithm.dual_clip} must be above 1, or 0 for none",

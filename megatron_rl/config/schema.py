@@ -43,8 +43,60 @@ class Algorithm(StrEnum):
 
     grpo = "grpo"
     dr_grpo = "dr_grpo"
-    gspo = "gspo"
     dapo = "dapo"
+    gspo = "gspo"
+    cispo = "cispo"
+    sapo = "sapo"
+    gmpo = "gmpo"
+    dppo_tv = "dppo_tv"
+    dppo_kl = "dppo_kl"
+    dro = "dro"
+
+
+class Loss(StrEnum):
+    """Policy losses; see algorithms/policy_loss.py."""
+
+    ppo_clip = "ppo_clip"
+    gspo = "gspo"
+    geo_mean = "geo_mean"
+    sapo = "sapo"
+    reinforce = "reinforce"
+    cispo = "cispo"
+    dppo_tv = "dppo_tv"
+    dppo_kl = "dppo_kl"
+    dro = "dro"
+
+
+class EmaAxis(StrEnum):
+    """Along what importance weights are smoothed: nothing, the tokens of a response, or the updates of a sample."""
+
+    none = "none"
+    token = "token"
+    step = "step"
+
+
+class EmaInit(StrEnum):
+    """What the average starts from: one, or the first weight itself."""
+
+    one = "one"
+    first = "first"
+
+
+class EmaGradient(StrEnum):
+    """The slope of a smoothed weight; see algorithms/ema_weights.py."""
+
+    full = "full"
+    current = "current"
+    straight_through = "straight_through"
+
+
+class KLGradient(StrEnum):
+    """The slope of the estimate; see algorithms/kl.py."""
+
+    naive = "naive"
+    straight_through_k2 = "straight_through_k2"
+    score_function = "score_function"
+    is_ratio = "is_ratio"
 
 
 class CorrectionLevel(StrEnum):
@@ -69,6 +121,7 @@ class KLEstimator(StrEnum):
     k1 = "k1"
     k2 = "k2"
     k3 = "k3"
+    abs = "abs"
 
 
 PRETRAINED, RANDOM = "pretrained", "random"
@@ -170,9 +223,14 @@ class AlgorithmConfig:
     """`null` means: as the algorithm's paper has it."""
 
     name: Algorithm = Algorithm.grpo
+    loss: Loss | None = None
     clip_low: float | None = None
     clip_high: float | None = None
-    dual_clip: float | None = None  # 0 turns it off
+    dual_clip: float | None = None  # of ppo_clip; 0 turns it off
+    temperature_positive: float = 1.0  # of sapo's gate, where the advantage is positive
+    temperature_negative: float = 1.05
+    max_ratio: float = 20.0  # of dppo_tv and dppo_kl
+    pull: float = 0.1  # of dro, back to the old policy; its paper's tau
     normalize_by_std: bool | None = None
     aggregation: str | None = None  # how tokens are weighed, see the docs
     entropy_coeff: float = 0.0
@@ -188,7 +246,18 @@ class KLConfig:
 
     where: KLPlace = KLPlace.none
     estimator: KLEstimator = KLEstimator.k3
+    gradient: KLGradient = KLGradient.naive  # of the loss
     coeff: float = 0.001
+
+
+@dataclass(kw_only=True)
+class EmaConfig:
+    """Importance weights smoothed by w' = beta w + (1 - beta) w': the larger beta, the less."""
+
+    axis: EmaAxis = EmaAxis.none
+    beta: float = 0.9
+    init: EmaInit = EmaInit.one
+    gradient: EmaGradient | None = None  # null: full on the token axis, current on the step axis
 
 
 @dataclass(kw_only=True)
@@ -225,6 +294,7 @@ class LogConfig:
     """TensorBoard and metrics.jsonl are always written."""
 
     wandb: str | None = None  # a Weights & Biases project to log to as well
+    histograms_every: int = 10  # steps between distributions; 0 for none
 
 
 @dataclass(kw_only=True)
@@ -265,6 +335,7 @@ class GrpoConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
     kl: KLConfig = field(default_factory=KLConfig)
     rollout_correction: RolloutCorrectionConfig = field(default_factory=RolloutCorrectionConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +11,15 @@ from torch import Tensor
 from megatron_rl.algorithms import advantages
 from megatron_rl.algorithms.kl import kl
 from megatron_rl.algorithms.overlong import overlong_penalty
-from megatron_rl.config.schema import Algorithm, CorrectionLevel, GrpoConfig, KLPlace, RolloutCorrectionConfig
+from megatron_rl.config.schema import (
+    AlgorithmConfig,
+    CorrectionLevel,
+    EmaAxis,
+    GrpoConfig,
+    KLPlace,
+    Loss,
+    RolloutCorrectionConfig,
+)
 from megatron_rl.data.samples import Sample, from_example, weighed
 from megatron_rl.data.sources import PromptSource
 from megatron_rl.metrics.timing import Timer
@@ -27,6 +35,7 @@ from megatron_rl.types import RolloutGroup
 from megatron_rl.workers.model_worker import ModelWorker
 from megatron_rl.workers.objective import PolicyGradient
 from megatron_rl.workers.sharded_model import ShardedModel
+from megatron_rl.workers.smoothing import Record, Smoother
 
 
 class GrpoTrainer:
@@ -63,8 +72,12 @@ class GrpoTrainer:
             samples = [sample.with_constant("advantages", value) for sample, value in zip(samples, values.tolist())]
         metrics |= rollout_metrics(groups, values)
         with timer("update_actor"):
-            metrics |= self._update(samples)
-        return StepLog(metrics, rollout_histograms(groups, values))
+            figures, records = self._update(samples)
+        histograms = rollout_histograms(groups, values)
+        if records:
+            raw, smoothed, _ = (torch.cat(parts).tolist() for parts in zip(*records))
+            histograms |= {"ema/raw_weights": raw, "ema/smoothed_weights": smoothed}
+        return StepLog(metrics | figures, histograms)
 
     def _with_policies(
         self, groups: Sequence[RolloutGroup], samples: list[Sample], step: int, timer: Timer
@@ -116,25 +129,41 @@ class GrpoTrainer:
             }
         return rewards, metrics
 
-    def _update(self, samples: Sequence[Sample]) -> dict[str, float]:
+    def _update(self, samples: Sequence[Sample]) -> tuple[dict[str, float], list[Record]]:
         """Mini-batches of whole groups, in order. A loss is logged as its mean over the updates."""
-        algorithm, train = self.config.algorithm, self.config.train
+        train, smoother = self.config.train, self.objective.smoother
         size = len(samples) // train.mini_batches_per_step
         total: Metrics = {}
-        for start in list(range(0, len(samples), size)) * train.epochs_per_step:
-            mini_batch = weighed(
-                samples[start : start + size], str(algorithm.aggregation), horizon=self.config.rollout.max_new_tokens
-            )
-            stats = self.actor.forward_backward(mini_batch, self._plan(mini_batch), self.objective)
-            update = self.actor.step()
-            per_update: Metrics = {name: Mean(v.value, 1) if isinstance(v, Sum) else v for name, v in stats.items()}
-            per_update |= {
-                "actor/grad_norm": Max(update.grad_norm),
-                "actor/lr": Mean(update.lr, 1),
-                "actor/skipped": Sum(float(not update.applied)),
-            }
-            total = merge(total, per_update) if total else per_update
-        return {name: value.result() for name, value in total.items()}
+        records: list[Record] = []
+        smoothing: dict[str, list[float]] = {}
+        if smoother is not None:
+            smoother.forget()
+        for epoch in range(train.epochs_per_step):
+            for start in range(0, len(samples), size):
+                if smoother is not None:
+                    smoother.begin()
+                    smoother.visit = epoch
+                per_update = self._update_once(samples[start : start + size])
+                if smoother is not None:
+                    records = self.actor.gather(smoother.records)
+                    states = sum(self.actor.gather([len(smoother.averages)]))
+                    for name, value in smoother.metrics(records, states).items():
+                        smoothing.setdefault(name, []).append(value)
+                total = merge(total, per_update) if total else per_update
+        figures = {name: value.result() for name, value in total.items()}
+        return figures | {name: fmean(values) for name, values in smoothing.items()}, records
+
+    def _update_once(self, samples: Sequence[Sample]) -> Metrics:
+        mini_batch = weighed(
+            samples, str(self.config.algorithm.aggregation), horizon=self.config.rollout.max_new_tokens
+        )
+        stats = self.actor.forward_backward(mini_batch, self._plan(mini_batch), self.objective)
+        update = self.actor.step()
+        return {name: Mean(v.value, 1) if isinstance(v, Sum) else v for name, v in stats.items()} | {
+            "actor/grad_norm": Max(update.grad_norm),
+            "actor/lr": Mean(update.lr, 1),
+            "actor/skipped": Sum(float(not update.applied)),
+        }
 
     def _plan(self, samples: Sequence[Sample]) -> Any:
         return self.actor.plan(samples, self.config.train.max_tokens_per_micro_batch)
@@ -203,23 +232,47 @@ def to_samples(groups: Sequence[RolloutGroup], *, drop_truncated: bool = False) 
     return samples
 
 
+def loss_options(algorithm: AlgorithmConfig) -> dict[str, float | None]:
+    """What the policy loss takes of the config."""
+    clip = {"clip_low": algorithm.clip_low, "clip_high": algorithm.clip_high}
+    match algorithm.loss:
+        case Loss.ppo_clip:
+            return clip | {"dual_clip": algorithm.dual_clip or None}
+        case Loss.gspo | Loss.geo_mean | Loss.cispo:
+            return clip
+        case Loss.dppo_tv | Loss.dppo_kl:
+            return clip | {"max_ratio": algorithm.max_ratio}
+        case Loss.sapo:
+            return {
+                "temperature_positive": algorithm.temperature_positive,
+                "temperature_negative": algorithm.temperature_negative,
+            }
+        case Loss.dro:
+            return {"beta": algorithm.pull}
+        case _:
+            return {}
+
+
 def policy_objective(config: GrpoConfig) -> PolicyGradient:
     """The named algorithm with its options filled in."""
-    algorithm = config.algorithm
-    assert algorithm.clip_low is not None and algorithm.clip_high is not None
-    name: Literal["grpo", "gspo"] = "gspo" if algorithm.name is Algorithm.gspo else "grpo"
+    algorithm, ema, correction = config.algorithm, config.ema, config.rollout_correction
+    assert algorithm.loss is not None and ema.gradient is not None
+    on_policy = updates_per_step(config) == 1 and not correction.bypass
+    smoother = None
+    if algorithm.loss is Loss.ppo_clip and (ema.axis is not EmaAxis.none or not on_policy):
+        smoother = Smoother(axis=ema.axis.value, beta=ema.beta, init=ema.init.value, gradient=ema.gradient.value)
     return PolicyGradient(
-        name=name,
-        clip_low=algorithm.clip_low,
-        clip_high=algorithm.clip_high,
-        dual_clip=algorithm.dual_clip or None,
+        loss=algorithm.loss.value,
+        options=loss_options(algorithm),
         entropy_coeff=algorithm.entropy_coeff,
+        smoother=smoother,
         kl_estimator=config.kl.estimator.value if config.kl.where is KLPlace.loss else None,
+        kl_gradient=config.kl.gradient.value,
         kl_coeff=config.kl.coeff,
+        corrected=correction.level is not CorrectionLevel.none,
+        opsm_delta=correction.opsm_delta,
         temperature=config.rollout.temperature,
-        corrected=config.rollout_correction.level is not CorrectionLevel.none,
-        opsm_delta=config.rollout_correction.opsm_delta,
-        on_policy=updates_per_step(config) == 1 and not config.rollout_correction.bypass,
+        on_policy=on_policy,
     )
 
 

@@ -118,7 +118,7 @@ class Run:
         final = step == self.config.train.steps
         if self._due(step, self.config.eval.every) or final:
             metrics |= self._evaluate(step)
-        self._log(step, metrics, histograms)
+        self._log(step, metrics, histograms if self._due(step, self.config.log.histograms_every) else {})
         if self._due(step, self.config.checkpoint.every) or final or step == self.config.run.stop_after:
             state = {"trainer": self.config.trainer, "state": self.trainer.state()}
             self.store.save(step, {"actor": self.trainer.actor}, state)

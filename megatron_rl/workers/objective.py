@@ -4,20 +4,24 @@ An objective sees flat [N] tensors and weights that sum to one over the global m
 micro-batches or packing; that is why the loss does not depend on them.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_rl.algorithms import policy_loss
+from megatron_rl.algorithms.importance import log_ratio
 from megatron_rl.algorithms.kl import kl
+from megatron_rl.algorithms.policy_loss import PolicyLoss
 from megatron_rl.algorithms.rollout_correction import off_policy_sequence_mask
 from megatron_rl.data.collate import MicroBatch
 from megatron_rl.metrics.types import Max, Mean, Metrics, Sum
 from megatron_rl.models.build import LanguageModel
 from megatron_rl.ops.linear_stats import LinearStats, linear_stats
 from megatron_rl.parallel.mesh import Mesh
+from megatron_rl.workers.smoothing import Smoother
 
 # isort: split
 from megatron.core.tensor_parallel import (
@@ -54,6 +58,10 @@ def token_stats(
         entropy=entropy,
         chunk=chunk,
     )
+
+
+# Losses that couple the tokens of a sequence.
+OF_SEQUENCES = ("gspo", "geo_mean")
 
 
 class Outcome(NamedTuple):
@@ -98,20 +106,21 @@ class NegativeLogLikelihood:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyGradient:
-    """A clipped policy loss, an entropy bonus, a distance to a reference: sum_t w_t (l_t - c H_t + b KL_t).
+    """A policy loss, an entropy bonus, a distance to a reference: sum_t w_t (l_t - c H_t + b KL_t).
 
-    `name` is the published algorithm; GSPO clips the sequence ratio, GRPO the token ratio. The proximal policy is
-    `old_log_probs`, or the current policy itself when a rollout batch is used for one update only (`on_policy`).
+    `loss` is a function of `algorithms/policy_loss.py`, and `options` are its keywords. The policy that the update
+    starts from is `old_log_probs`, or the current policy itself where a rollout batch is used for one update only
+    (`on_policy`).
     """
 
-    name: Literal["grpo", "gspo"]
-    clip_low: float
-    clip_high: float
-    dual_clip: float | None
-    entropy_coeff: float
+    loss: str
+    options: Mapping[str, float | None]
+    entropy_coeff: float = 0.0
+    smoother: Smoother | None = None  # of the importance weights of ppo_clip
     corrected: bool = False  # the policy loss is multiplied by the field `rollout_weights`
     opsm_delta: float | None = None
     kl_estimator: str | None = None  # of the distance to the reference; None for none
+    kl_gradient: str = "naive"
     kl_coeff: float = 0.0
     temperature: float
     on_policy: bool
@@ -132,30 +141,22 @@ class PolicyGradient:
             names.append("ref_log_probs")
         return tuple(names)
 
+    def _surrogate(self, logp: Tensor, old_logp: Tensor, batch: MicroBatch) -> PolicyLoss:
+        function: Any = getattr(policy_loss, self.loss)
+        arguments: tuple[Any, ...] = (logp, old_logp, batch.fields["advantages"])
+        options: dict[str, Any] = dict(self.options)
+        if self.loss in OF_SEQUENCES:
+            arguments += (batch.sequence_ids, batch.num_sequences)
+        if self.smoother is not None:
+            options["ratio"] = self.smoother(log_ratio(logp, old_logp).exp(), batch)
+        return function(*arguments, **options)
+
     def __call__(self, stats: LinearStats, batch: MicroBatch) -> Outcome:
         logp, entropy = stats.logp, stats.entropy
         assert entropy is not None
         weights = batch.fields["weights"]
         old_logp = logp.detach() if self.on_policy else batch.fields["old_log_probs"]
-        if self.name == "gspo":
-            terms = policy_loss.gspo(
-                logp,
-                old_logp,
-                batch.fields["advantages"],
-                batch.sequence_ids,
-                batch.num_sequences,
-                clip_low=self.clip_low,
-                clip_high=self.clip_high,
-            )
-        else:
-            terms = policy_loss.ppo_clip(
-                logp,
-                old_logp,
-                batch.fields["advantages"],
-                clip_low=self.clip_low,
-                clip_high=self.clip_high,
-                dual_clip=self.dual_clip,
-            )
+        terms = self._surrogate(logp, old_logp, batch)
         pg_weights = weights * batch.fields["rollout_weights"] if self.corrected else weights
         metrics: Metrics = {}
         if self.opsm_delta is not None:
@@ -181,7 +182,10 @@ class PolicyGradient:
             "actor/ratio_max": Max(float(terms.ratio.max()) if terms.ratio.numel() else -torch.inf),
         }
         if self.kl_estimator is not None:
-            kl_loss = (weights * kl(logp, batch.fields["ref_log_probs"], self.kl_estimator)).sum()
+            distance = kl(
+                logp, batch.fields["ref_log_probs"], self.kl_estimator, gradient=self.kl_gradient, old_logp=old_logp
+            )
+            kl_loss = (weights * distance).sum()
             loss = loss + self.kl_coeff * kl_loss
             metrics |= {"actor/kl_loss": Sum(float(kl_loss.detach())), "actor/kl_coef": Mean(self.kl_coeff, 1)}
         return Outcome(loss, metrics | {"actor/loss": Sum(float(loss.detach()))})

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from megatron_rl.parallel.device import device
 from megatron_rl.parallel.mesh import Mesh
 from megatron_rl.parallel.schedule import LossFunction, run_schedule
 from megatron_rl.workers.objective import token_stats
+
+T = TypeVar("T")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -135,11 +137,14 @@ class ShardedModel:
 
         batches = self._micro_batches(samples, plan, ())
         parts = run_schedule(self.chunks, batches, step, mesh=self.mesh, forward_only=True)
-        local = from_last_stage(parts if self.mesh.is_last_stage else None, self.mesh)
         found: dict[int, Tensor] = {}
-        for part in gather_over_data(local, self.mesh):
+        for part in self.gather(parts):
             found.update(part)
         return found
+
+    def gather(self, records: list[T]) -> list[T]:
+        """What the last stage's ranks hold, of all data-parallel ranks, on every rank. Collective."""
+        return gather_over_data(from_last_stage(records if self.mesh.is_last_stage else None, self.mesh), self.mesh)
 
     def named_hf_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, full tensor) on every rank; collective."""

@@ -76,7 +76,9 @@ class Pool:
             there.close()
             self.workers.append((process, here))
 
-    def run(self, function: Callable[..., Any], world: int, *args: Any, timeout_s: float = 180.0, **kwargs: Any) -> list:
+    def run(
+        self, function: Callable[..., Any], world: int, *args: Any, timeout_s: float = 180.0, **kwargs: Any
+    ) -> list:
         """What ranks 0..world-1 return. A failure on any rank fails the test with that rank's traceback."""
         if not self.workers:
             self._start()

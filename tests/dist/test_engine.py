@@ -52,7 +52,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(directory)
 
 
-@pytest.mark.parametrize("changes", [{}, {"top_k": 9, "top_p": 0.8}, {"temperature": 0.0}], ids=["plain", "cut", "greedy"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"top_k": 9, "top_p": 0.8}, {"temperature": 0.0}], ids=["plain", "cut", "greedy"]
+)
 def test_same_responses_everywhere(pool: Pool, model: str, changes: dict) -> None:
     (expected, gap), *_ = pool.run(answers, 1, model, {}, 64, changes)
     assert gap[0] < 1e-4
@@ -83,7 +85,9 @@ def test_greedy_is_transformers_greedy(pool: Pool, model: str) -> None:
     groups, _ = pool.run(answers, 1, model, {}, 64, {"temperature": 0.0, "group_size": 1})[0]
     for group in groups:
         ids = torch.tensor([PROMPTS[group.prompt.index]])
-        output = dense.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=7, eos_token_id=[2, 3])
+        output = dense.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=7, eos_token_id=[2, 3]
+        )
         assert tuple(output[0, ids.shape[1] :].tolist()) == group.rollouts[0].token_ids
 
 

@@ -76,10 +76,8 @@ def objective(name: str) -> Any:
 
     wide = name == "grpo"
     return PolicyGradient(
-        name="grpo" if wide else "gspo",
-        clip_low=0.2 if wide else 0.3,
-        clip_high=0.28 if wide else 0.4,
-        dual_clip=3.0 if wide else None,
+        loss="ppo_clip" if wide else "gspo",
+        options={"clip_low": 0.2, "clip_high": 0.28} if wide else {"clip_low": 0.3, "clip_high": 0.4},
         entropy_coeff=0.01,
         kl_estimator="k3" if wide else "k2",
         kl_coeff=0.05,
@@ -105,7 +103,6 @@ def gradients(
     directory: str, layout: dict, max_tokens: int, alone: bool, dtype: str, fault: str = ""
 ) -> dict[str, tuple[float, dict[str, Tensor], float]]:
     """Per algorithm: loss, gradients by Hugging Face name, and their norm as the optimizer clips by it."""
-    from dataclasses import replace
 
     from megatron_rl.config.schema import DType, ModelConfig, OptimConfig
     from megatron_rl.parallel.mesh import create_mesh

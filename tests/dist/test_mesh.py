@@ -28,12 +28,20 @@ def refusal(**layout: Any) -> str:
 
 
 def test_coordinates(pool: Pool) -> None:
-    assert pool.run(coordinates, 4, tp=2, pp=2) == [(0, 0, 0, False), (1, 0, 0, False), (0, 1, 0, True), (1, 1, 0, True)]
+    assert pool.run(coordinates, 4, tp=2, pp=2) == [
+        (0, 0, 0, False),
+        (1, 0, 0, False),
+        (0, 1, 0, True),
+        (1, 1, 0, True),
+    ]
     assert pool.run(coordinates, 4, tp=2, dp=2) == [(0, 0, 0, True), (1, 0, 0, True), (0, 0, 1, True), (1, 0, 1, True)]
 
 
 def test_worlds_that_do_not_fit(pool: Pool) -> None:
-    assert "parallel.tp=2, parallel.pp=1, parallel.dp=None needs a multiple of 2 processes" in pool.run(refusal, 1, tp=2)[0]
+    assert (
+        "parallel.tp=2, parallel.pp=1, parallel.dp=None needs a multiple of 2 processes"
+        in pool.run(refusal, 1, tp=2)[0]
+    )
     assert "needs 4 processes, and this run has 2" in pool.run(refusal, 2, tp=2, dp=2)[0]
     assert "needs parallel.tp > 1" in pool.run(refusal, 1, sequence_parallel=True)[0]
 

@@ -65,7 +65,9 @@ def assert_same_model(pool: Pool, directory: Path, layout: str, out: Path, vocab
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("family, tied", [("llama", False), ("llama", True), ("qwen2", False), ("qwen2", True), ("qwen3", True)])
+@pytest.mark.parametrize(
+    "family, tied", [("llama", False), ("llama", True), ("qwen2", False), ("qwen2", True), ("qwen3", True)]
+)
 def test_logits_and_weights(pool: Pool, tmp_path: Path, family: str, tied: bool, layout: str) -> None:
     # Qwen3's heads are wider than hidden_size / heads.
     changes = {"head_dim": 12} if family == "qwen3" else {}

@@ -70,5 +70,7 @@ def test_a_checkpoint_gives_its_weights_to_any_layout(pool: Pool, model: str, tm
 def test_the_checkpoint_of_another_model_is_refused(pool: Pool, model: str, tmp_path: Path) -> None:
     pool.run(save_after, 1, model, {}, str(tmp_path / "checkpoints"), 1)
     other = str(tiny_model(tmp_path / "other", "qwen3"))
-    assert "of another model: tied is True there and False in model.path" in pool.run(refused, 1, other, str(tmp_path))[0]
+    assert (
+        "of another model: tied is True there and False in model.path" in pool.run(refused, 1, other, str(tmp_path))[0]
+    )
     assert "is neither 'pretrained' nor 'random' nor a run" in pool.run(refused, 1, other, str(tmp_path / "x"))[0]

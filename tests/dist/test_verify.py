@@ -1,4 +1,4 @@
-"""The certificate that `megatron-rl verify` prints, for one config of every trainer and family; and that it can fail."""
+"""The certificate that `megatron-rl verify` prints, for configs of every trainer and family; and that it can fail."""
 
 import os
 from pathlib import Path
@@ -21,6 +21,12 @@ run: {{dir: none}}
 CASES = {
     "sft": ("sft", "llama", []),
     "grpo": ("grpo", "qwen2", ["kl.where=loss", "algorithm.entropy_coeff=0.01", "rollout.temperature=0.8"]),
+    "ema": (
+        "grpo",
+        "llama",
+        ["ema.axis=token", "ema.beta=0.6", "kl.where=loss", "kl.gradient=is_ratio", "rollout_correction.level=token"],
+    ),
+    "gmpo": ("grpo", "llama", ["algorithm.name=gmpo", "rollout_correction.opsm_delta=0.01"]),
     "gspo": ("grpo", "qwen3", ["algorithm.name=gspo", "algorithm.clip_high=0.3", "algorithm.clip_low=0.3"]),
 }
 

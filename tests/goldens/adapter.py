@@ -8,24 +8,27 @@ package does not have, or does differently by design, raises NotImplementedError
 
 import re
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_rl.algorithms import advantages, policy_loss, rollout_correction
+from megatron_rl.algorithms import advantages, importance, policy_loss, rollout_correction
+from megatron_rl.algorithms.ema_weights import StepAverages, with_gradient
 from megatron_rl.algorithms.kl import kl
 from megatron_rl.algorithms.overlong import overlong_penalty
 from megatron_rl.algorithms.policy_loss import PolicyLoss
 from megatron_rl.algorithms.reduction import MODES, token_weights
 from megatron_rl.data.collate import MicroBatch
 from megatron_rl.ops.linear_stats import LinearStats, linear_stats
+from megatron_rl.ops.scan import exponential_average
 from megatron_rl.ops.vocab_shard import VocabShard
 
 Arrays = dict[str, np.ndarray]
 Params = dict[str, Any]
 Result = dict[str, Any]  # arrays and numbers
+Loss = Callable[..., PolicyLoss]
 
 # Denominators of verl and NeMo are count + 1e-8, ours are the counts.
 _EPSILON = 1e-8
@@ -33,6 +36,7 @@ _EPSILON = 1e-8
 _MAX_LOG_RATIO, _MAX_SEQUENCE_LOG_RATIO = 20.0, 10.0
 # Within these bounds on ref_logp - logp the estimate k3 is below 10, where it is bounded.
 _MIN_K3_LOG_RATIO, _MAX_K3_LOG_RATIO = -10.9, 2.6
+_MAX_KL = 10.0
 
 
 def _unsupported(condition: bool, reason: str) -> None:
@@ -187,20 +191,20 @@ def _policy_case(
     mask: np.ndarray,
     weights: Tensor,
     *,
-    by_sequence: bool = False,
+    loss: Loss = policy_loss.ppo_clip,
+    penalty: Callable[[Tensor], Tensor] | None = None,
     name: str = "log_prob",
-    **clip: Any,
+    **options: Any,
 ) -> tuple[Result, PolicyLoss]:
-    """The loss `sum(weights * terms)` and its gradient, and the terms."""
+    """The loss `sum(weights * terms) + penalty(logp)` and its gradient, and the terms."""
     leaf = _flat(logp, mask).requires_grad_()
-    arguments = leaf, _flat(old_logp, mask), _flat(advantage, mask)
-    if by_sequence:
-        terms = policy_loss.gspo(*arguments, _ids(mask), len(mask), **clip)
-    else:
-        terms = policy_loss.ppo_clip(*arguments, **clip)
-    loss = (weights[torch.from_numpy(mask)] * terms.loss).sum()
-    loss.backward()
-    return {"out.loss": loss.item(), f"grad.loss.{name}": _scattered(leaf, mask)}, terms
+    sequences = (_ids(mask), len(mask)) if loss in (policy_loss.gspo, policy_loss.geo_mean) else ()
+    terms = loss(leaf, _flat(old_logp, mask), _flat(advantage, mask), *sequences, **options)
+    total = (weights[torch.from_numpy(mask)] * terms.loss).sum()
+    if penalty is not None:
+        total = total + penalty(leaf)
+    total.backward()
+    return {"out.loss": total.item(), f"grad.loss.{name}": _scattered(leaf, mask)}, terms
 
 
 def _refuse_clamped(logp: np.ndarray, old_logp: np.ndarray, mask: np.ndarray, by_sequence: bool = False) -> None:
@@ -210,26 +214,53 @@ def _refuse_clamped(logp: np.ndarray, old_logp: np.ndarray, mask: np.ndarray, by
     _unsupported(bool((difference > bound).any()), f"log-ratios are bounded at {bound}")
 
 
-def _verl_policy_loss(by_sequence: bool) -> Callable[[Arrays, Params], Result]:
+def _verl_policy_loss(loss: Loss, mode: str | None = None, **names: str) -> Callable[[Arrays, Params], Result]:
+    """A loss that verl has too; `names` are its names for our options, and some losses have a mode of their own."""
+
     def run(inputs: Arrays, params: Params) -> Result:
         logp, old_logp, mask = inputs["log_prob"], inputs["old_log_prob"], inputs["response_mask"] > 0
-        mode = "seq-mean-token-mean" if by_sequence else params["loss_agg_mode"]
-        weights = _scaled(_verl_weights(mask, params, mode), inputs.get("rollout_is_weights"))
-        clip = {"clip_low": params["clip_ratio_low"], "clip_high": params["clip_ratio_high"]}
-        if not by_sequence:
-            clip["dual_clip"] = params["clip_ratio_c"]
-        result, terms = _policy_case(
-            logp, old_logp, inputs["advantages"], mask, weights, by_sequence=by_sequence, **clip
-        )
+        weights = _verl_weights(mask, params, mode or params["loss_agg_mode"])
+        weights = _scaled(weights, inputs.get("rollout_is_weights"))
+        options = {ours: params[theirs] for ours, theirs in names.items()}
+        result, terms = _policy_case(logp, old_logp, inputs["advantages"], mask, weights, loss=loss, **options)
         if mask.any():
             result["metric.actor/pg_clipfrac"] = terms.clipped.double().mean().item()
             result["metric.actor/pg_clipfrac_lower"] = terms.clipped_low.double().mean().item()
             # Ours is an estimate, and estimates are not clamped; verl's per-token one is.
-            if by_sequence or np.abs(logp - old_logp)[mask].max() <= _MAX_LOG_RATIO:
+            if loss is policy_loss.gspo or np.abs(logp - old_logp)[mask].max() <= _MAX_LOG_RATIO:
                 result["metric.actor/ppo_kl"] = terms.approx_kl.mean().item()
         return result
 
     return run
+
+
+_VERL_BOUNDS = {"clip_low": "clip_ratio_low", "clip_high": "clip_ratio_high"}
+_verl_ppo_clip = _verl_policy_loss(policy_loss.ppo_clip, **_VERL_BOUNDS, dual_clip="clip_ratio_c")
+
+
+def _verl_geo_mean(inputs: Arrays, params: Params) -> Result:
+    """verl divides by count + 1e-8 in the exponent, in the advantage and in the gradient."""
+    _unsupported("rollout_is_weights" in inputs, "a token's loss has its own weight, not the geometric mean of weights")
+    logp, old_logp, mask = inputs["log_prob"], inputs["old_log_prob"], inputs["response_mask"] > 0
+    case = logp, old_logp, inputs["advantages"], mask
+    options = {"loss": policy_loss.geo_mean, "clip_low": params["clip_ratio_low"]}
+    options["clip_high"] = params["clip_ratio_high"]
+    # verl's mean counts rows without tokens, for which sequences elsewhere stand in.
+    weights = _weights(mask, "seq-mean-token-mean", others=[1] * int((~mask.any(1)).sum()))
+    counts = mask.sum(1, keepdims=True)
+    shrinkage = counts / (counts + _EPSILON)
+    ratio = _onto(_policy_case(*case, weights, **options)[1].ratio, mask)
+    far = np.log(ratio[mask]) >= _MAX_SEQUENCE_LOG_RATIO - _EPSILON
+    _unsupported(bool(far.any()), f"a sequence's log-ratio is bounded at {_MAX_SEQUENCE_LOG_RATIO}")
+    factors = np.where(mask, ratio, 1.0) ** (shrinkage - 1) * shrinkage
+    result, terms = _policy_case(*case, _scaled(weights, factors), **options)
+    result["grad.loss.log_prob"] *= shrinkage
+    # verl's clipped fractions count tokens that a clip of the other side would have met as well.
+    return result | {"metric.actor/ppo_kl": terms.approx_kl.mean().item()}
+
+
+def _depends_on_the_cut(inputs: Arrays, params: Params) -> Result:
+    raise NotImplementedError("tokens are chosen by a covariance within the micro-batch, so its cut would matter")
 
 
 def _slime_policy_loss(inputs: Arrays, params: Params) -> Result:
@@ -253,6 +284,37 @@ def _slime_policy_loss(inputs: Arrays, params: Params) -> Result:
     }
 
 
+def _slime_cispo(inputs: Arrays, params: Params) -> Result:
+    logp, old_logp = inputs["log_prob"], inputs["old_log_prob"]
+    mask = np.ones(logp.shape, bool)
+    _refuse_clamped(logp, old_logp, mask)
+    bounds = {"clip_low": params["eps_clip"], "clip_high": params["eps_clip_high"]}
+    weights = torch.ones(logp.shape)
+    result, terms = _policy_case(logp, old_logp, inputs["advantages"], mask, weights, loss=policy_loss.cispo, **bounds)
+    return {
+        "out.pg_losses": terms.loss.detach().numpy(),
+        "out.clipfrac": terms.clipped.to(terms.loss.dtype).numpy(),
+        "grad.sum.log_prob": result["grad.loss.log_prob"],
+    }
+
+
+def _slime_gspo_kl(inputs: Arrays, params: Params) -> Result:
+    """Minus the logarithm of the ratio that GSPO takes for every token, of those that bear no loss too."""
+    mask, lengths = inputs["loss_mask"] > 0, inputs["lens"]
+    ids = torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths))
+    difference = torch.from_numpy((inputs["old_log_prob"] - inputs["log_prob"])[mask])
+    mean = importance.sequence_mean(difference, ids[torch.from_numpy(mask)], len(lengths))
+    return {"out.ppo_kl": mean[ids].to(difference.dtype).numpy()}
+
+
+def _cs336_naive_policy_gradient_loss(inputs: Arrays, params: Params) -> Result:
+    logp = inputs["policy_log_probs"]
+    mask, weights = np.ones(logp.shape, bool), torch.ones(logp.shape)
+    case = logp, logp, inputs["raw_rewards_or_advantages"], mask, weights
+    terms = _policy_case(*case, loss=policy_loss.reinforce)[1]
+    return {"out.array": terms.loss.detach().numpy().reshape(logp.shape)}
+
+
 def _cs336_grpo_clip_loss(inputs: Arrays, params: Params) -> Result:
     logp, old_logp = inputs["policy_log_probs"], inputs["old_log_probs"]
     mask, clip = np.ones(logp.shape, bool), params["cliprange"]
@@ -264,15 +326,18 @@ def _cs336_grpo_clip_loss(inputs: Arrays, params: Params) -> Result:
 
 
 def _cs336_grpo_microbatch_train_step(inputs: Arrays, params: Params) -> Result:
-    _unsupported(params["loss_type"] != "grpo_clip", f"no loss {params['loss_type']}")
-    logp, old_logp, mask = inputs["policy_log_probs"], inputs["old_log_probs"], inputs["response_mask"]
+    logp, mask, name = inputs["policy_log_probs"], inputs["response_mask"], params["loss_type"]
     _unsupported(not mask.any(1).all(), "nothing to average weighs 0, and is not 0 / 0")
-    _refuse_clamped(logp, old_logp, mask)
     # The micro-batches of a step have as many sequences each, so the step's mean is the mean of theirs.
     weights = _weights(mask, "seq-mean-token-mean") / params["gradient_accumulation_steps"]
+    advantage = inputs["raw_rewards" if name == "no_baseline" else "advantages"]
+    case: Params = {"advantage": advantage, "mask": mask, "weights": weights, "name": "policy_log_probs"}
+    if name in ("no_baseline", "reinforce_with_baseline"):
+        return _policy_case(logp, logp, **case, loss=policy_loss.reinforce)[0]
+    _unsupported(name != "grpo_clip", f"no loss {name}")
+    _refuse_clamped(logp, inputs["old_log_probs"], mask)
     clip = {"clip_low": params["cliprange"], "clip_high": params["cliprange"], "dual_clip": None}
-    advantage = inputs["advantages"]
-    return _policy_case(logp, old_logp, advantage, mask, weights, name="policy_log_probs", **clip)[0]
+    return _policy_case(logp, inputs["old_log_probs"], **case, **clip)[0]
 
 
 # Policy losses with an entropy bonus and a distance to a reference
@@ -285,8 +350,11 @@ def _objective_case(
     # Megatron is slow to import, and the other cases do without.
     from megatron_rl.workers.objective import PolicyGradient
 
-    name: Literal["grpo", "gspo"] = "gspo" if by_sequence else "grpo"
-    objective = PolicyGradient(name=name, temperature=1.0, on_policy=False, **options)
+    clip = {key: options.pop(key) for key in ("clip_low", "clip_high", "dual_clip") if key in options}
+    if by_sequence:
+        clip.pop("dual_clip", None)
+    name = "gspo" if by_sequence else "ppo_clip"
+    objective = PolicyGradient(loss=name, options=clip, temperature=1.0, on_policy=False, **options)
     leaf = _flat(inputs["log_prob"], mask).requires_grad_()
     fields = {
         "weights": weights[torch.from_numpy(mask)],
@@ -325,15 +393,18 @@ def _trl_weights(mask: np.ndarray, loss_type: str, horizon: int | None) -> Tenso
         "bnpo": "token-mean",
         "dapo": "token-mean",
         "dr_grpo": "seq-mean-token-sum-norm",
+        "cispo": "token-mean",
+        "sapo": "seq-mean-token-mean",
+        "luspo": "seq-mean-token-sum",
     }
     _unsupported(loss_type not in modes, f"no loss like {loss_type}")
-    by_row = loss_type in ("grpo", "dr_grpo")
+    by_row = modes[loss_type] != "token-mean"
     _unsupported(by_row and not mask.any(1).all(), "a sequence without tokens is not counted in the mini-batch")
     return _weights(mask, modes[loss_type], horizon=horizon)
 
 
 def _trl_grpo_loss(inputs: Arrays, params: Params) -> Result:
-    _only_neutral(params, delta=None, quant=1.0, bias=False, gas=1)
+    _only_neutral(params, quant=1.0, gas=1)
     weighted = "importance_sampling_ratio" in inputs
     _unsupported(bool(params.get("vllm")) != weighted, "importance ratios are there to be used")
     low, high = params["eps"]
@@ -342,14 +413,15 @@ def _trl_grpo_loss(inputs: Arrays, params: Params) -> Result:
     by_token = loss_type in ("bnpo", "dapo")
     _unsupported(bonus != 0 and not by_token, "the entropy is averaged like the loss, not always over tokens")
     options = {"clip_low": low, "clip_high": high, "kl_coeff": beta, "entropy_coeff": bonus}
+    options |= {"delta": params.get("delta"), "weighted_kl": bool(params.get("bias"))}
     return _trl_case(inputs, loss_type, inputs["mask"].shape[1], params["level"], options, params.get("opsm"))
 
 
 def _liger_grpo_loss(inputs: Arrays, params: Params) -> Result:
-    _only_neutral(params, delta=None)
     horizon, level = params.get("max_completion_length"), params.get("importance_sampling_level", "token")
     low, high = params.get("epsilon_low", 0.2), params.get("epsilon_high", 0.2)
     options = {"clip_low": low, "clip_high": high, "kl_coeff": params.get("beta", 0.04), "entropy_coeff": 0.0}
+    options |= {"delta": params.get("delta"), "weighted_kl": False}
     return _trl_case(inputs, params["loss_type"], horizon, level, options)
 
 
@@ -359,11 +431,13 @@ def _trl_case(
     horizon: int | None,
     level: str,
     options: Params,
-    delta: float | None = None,
+    opsm: float | None = None,
 ) -> Result:
     mask, by_sequence = inputs["mask"] > 0, level == "sequence"
     weights = _trl_weights(mask, loss_type, horizon)
-    scale = _trl_scale(inputs, mask, delta)
+    scale = _trl_scale(inputs, mask, opsm)
+    alone = by_sequence and scale is None and not options["kl_coeff"]
+    _unsupported(loss_type == "luspo" and not alone, "the mean is over rows, not over their tokens")
     if scale is not None:
         _unsupported(options["kl_coeff"] != 0 or options["entropy_coeff"] != 0, "the other terms are not corrected")
         varies = any(len(np.unique(row[kept])) > 1 for row, kept in zip(scale, mask))
@@ -374,9 +448,55 @@ def _trl_case(
     if estimator:
         _unsupported("ref_log_prob" not in inputs, "no reference")
         _refuse_bounded_k3(inputs["log_prob"], inputs["ref_log_prob"], mask)
+    delta, weighted_kl = options.pop("delta"), options.pop("weighted_kl") and estimator is not None
+    if loss_type in ("cispo", "sapo") or weighted_kl:
+        return _trl_other_case(inputs, loss_type, mask, weights, options, by_sequence, weighted_kl)
+    options |= {"kl_estimator": estimator, "dual_clip": _two_sided(delta, options["clip_high"], by_sequence)}
     advantage = inputs["advantages"][:, None]
-    options = options | {"kl_estimator": estimator, "dual_clip": None}
     return _objective_case(inputs, advantage, mask, weights, by_sequence=by_sequence, **options)
+
+
+def _trl_other_case(
+    inputs: Arrays,
+    loss_type: str,
+    mask: np.ndarray,
+    weights: Tensor,
+    options: Params,
+    by_sequence: bool,
+    weighted_kl: bool,
+) -> Result:
+    """Losses beside the clipped ones, and a KL weighted by the importance ratio."""
+    _unsupported(by_sequence, "no sequence ratios in this loss")
+    _unsupported(bool(options["entropy_coeff"]), "no entropy bonus here")
+    case = inputs["log_prob"], inputs["old_log_prob"], inputs["advantages"][:, None], mask, weights
+    penalty = None
+    if options["kl_coeff"]:
+        gradient: Params = {"gradient": "is_ratio" if weighted_kl else "naive"}
+        gradient["old_logp"] = _flat(inputs["old_log_prob"], mask)
+        penalty = _kl_penalty(inputs, mask, weights, options["kl_coeff"], "k3", **gradient)
+    if loss_type == "cispo":
+        # An upper bound in itself, and no lower one.
+        bounds = {"clip_low": 1.0, "clip_high": options["clip_high"] - 1}
+        return _policy_case(*case, loss=policy_loss.cispo, penalty=penalty, **bounds)[0]
+    if loss_type == "sapo":
+        return _policy_case(*case, loss=policy_loss.sapo, penalty=penalty)[0]
+    bounds = {"clip_low": options["clip_low"], "clip_high": options["clip_high"]}
+    return _policy_case(*case, penalty=penalty, dual_clip=None, **bounds)[0]
+
+
+def _two_sided(delta: float | None, clip_high: float, by_sequence: bool) -> float | None:
+    """TRL bounds the ratio at delta. For A > 0 the clip has acted before, so this is the dual clip."""
+    if delta is not None:
+        _unsupported(by_sequence, "no second bound on a sequence's ratio")
+        _unsupported(delta < 1 + clip_high, "the second bound lies beyond the first")
+    return delta
+
+
+def _kl_penalty(
+    inputs: Arrays, mask: np.ndarray, weights: Tensor, coeff: float, estimator: str, **options: Any
+) -> Callable[[Tensor], Tensor]:
+    ref_logp, kept = _flat(inputs["ref_log_prob"], mask), weights[torch.from_numpy(mask)]
+    return lambda logp: coeff * (kept * kl(logp, ref_logp, estimator, **options)).sum()
 
 
 def _nemo_weights(inputs: Arrays, mask: np.ndarray, by_token: bool) -> Tensor:
@@ -388,40 +508,73 @@ def _nemo_weights(inputs: Arrays, mask: np.ndarray, by_token: bool) -> Tensor:
     return _as_verl(_weights(mask, "seq-mean-token-mean"), mask) * (sequences / (sequences + _EPSILON))
 
 
-def _nemo_kl(inputs: Arrays, params: Params, mask: np.ndarray) -> Params:
-    """The options of NeMo's distance to the reference, where it is ours."""
-    coeff = params.get("reference_policy_kl_penalty", 0.01)
+def _nemo_kl(inputs: Arrays, params: Params, mask: np.ndarray, weights: Tensor) -> Callable[[Tensor], Tensor] | None:
+    coeff, estimator = params.get("reference_policy_kl_penalty", 0.01), params.get("reference_policy_kl_type", "k3")
     if not coeff:
-        return {"kl_estimator": None, "kl_coeff": 0.0}
-    _only_neutral(params, use_on_policy_kl_approximation=False)
-    _refuse_score_function(inputs["log_prob"], inputs["ref_log_prob"], mask)
-    return {"kl_estimator": params.get("reference_policy_kl_type", "k3"), "kl_coeff": coeff}
+        return None
+    logp, ratio = inputs["log_prob"], np.ones(())
+    options: Params = {"gradient": "score_function"}
+    if params.get("use_on_policy_kl_approximation"):
+        rollout_logp = inputs["rollout_log_prob"]
+        _refuse_clamped(logp, rollout_logp, mask)
+        options = {"gradient": "is_ratio", "old_logp": _flat(rollout_logp, mask)}
+        ratio = np.exp(logp - rollout_logp)
+    _refuse_nemo_bounds(logp, inputs["ref_log_prob"], mask, estimator, ratio)
+    return _kl_penalty(inputs, mask, weights, coeff, estimator, **options)
+
+
+def _nemo_loss(params: Params, on_policy: bool) -> tuple[Loss, Params]:
+    """Which of our losses NeMo's options make, and that one's options."""
+    bounds = {"clip_low": params.get("ratio_clip_min", 0.2), "clip_high": params.get("ratio_clip_max", 0.2)}
+    if params.get("disable_ppo_ratio") and not on_policy:
+        _only_neutral(params, use_cispo=False, ratio_clip_c=None)
+        return policy_loss.reinforce, {}
+    if params.get("use_cispo"):
+        _only_neutral(params, sequence_level_importance_ratios=False, ratio_clip_c=None)
+        return policy_loss.cispo, bounds
+    if params.get("sequence_level_importance_ratios") and not on_policy:
+        _only_neutral(params, ratio_clip_c=None)
+        return policy_loss.gspo, bounds
+    return policy_loss.ppo_clip, bounds | {"dual_clip": params.get("ratio_clip_c")}
+
+
+def _nemo_correction(inputs: Arrays, params: Params, mask: np.ndarray, old_logp: np.ndarray) -> np.ndarray | None:
+    """What the policy's loss is multiplied by: weights from the engine to the trainer, 0 for what is left out."""
+    if not params.get("use_importance_sampling_correction"):
+        return None
+    rollout_logp, level = inputs["rollout_log_prob"], "token"
+    difference = np.where(mask, old_logp - rollout_logp, 0.0)
+    _refuse_clamped(old_logp, rollout_logp, mask)
+    if params.get("sequence_level_importance_ratios"):
+        level = "sequence"
+        _refuse_clamped(difference.sum(1), np.zeros(len(mask)), mask.any(1))
+    high, low = params.get("truncated_importance_sampling_ratio"), params.get("truncated_importance_sampling_ratio_min")
+    kind, tokens = None if high is None else params["truncated_importance_sampling_type"], _tokens(difference, mask)
+    _unsupported(kind == "tis" and bool(low), "truncated weights have no lower bound")
+    cut = {"high": np.inf if kind in (None, "seq-mask-tis") else high, "low": low if kind == "icepop" else None}
+    weights = _onto(rollout_correction.importance_weights(*tokens, level=level, **cut), mask)
+    if kind == "seq-mask-tis":
+        # The bounds of k1 are on rollout / old, NeMo's on the inverse.
+        criterion = rollout_correction.Criterion("seq_mean", "k1", high=1 / low, low=1 / high)
+        weights = weights * _onto(rollout_correction.rejection_mask(*tokens, [criterion]), mask)
+    return weights
 
 
 def _nemo_clipped_pg(inputs: Arrays, params: Params) -> Result:
-    _only_neutral(
-        params,
-        disable_ppo_ratio=False,
-        force_on_policy_ratio=False,
-        truncated_importance_sampling_ratio=None,
-        use_cispo=False,
-        use_importance_sampling_correction=False,
-    )
     mask = (inputs["token_mask"] * inputs["sample_mask"][:, None]) > 0
-    by_sequence, advantage = params.get("sequence_level_importance_ratios", False), inputs["advantages"]
-    _refuse_clamped(inputs["log_prob"], inputs["old_log_prob"], mask, by_sequence)
-    weights = _nemo_weights(inputs, mask, params.get("token_level_loss", True))
-    if by_sequence:
-        _only_neutral(params, ratio_clip_c=None)
+    on_policy, advantage = bool(params.get("force_on_policy_ratio")), inputs["advantages"]
+    logp = inputs["log_prob"]
+    old_logp = logp if on_policy else inputs["old_log_prob"]
+    loss, options = _nemo_loss(params, on_policy)
+    if loss is policy_loss.gspo:
         varies = any(len(np.unique(row[kept])) > 1 for row, kept in zip(advantage, mask))
         _unsupported(varies, "a token's gradient is of its own advantage, not of the mean over its sequence")
-    options = {
-        "clip_low": params.get("ratio_clip_min", 0.2),
-        "clip_high": params.get("ratio_clip_max", 0.2),
-        "dual_clip": params.get("ratio_clip_c"),
-        "entropy_coeff": 0.0,
-    } | _nemo_kl(inputs, params, mask)
-    return _objective_case(inputs, advantage, mask, weights, by_sequence=by_sequence, **options)
+    if loss is not policy_loss.reinforce:
+        _refuse_clamped(logp, old_logp, mask, by_sequence=loss is policy_loss.gspo)
+    weights = _nemo_weights(inputs, mask, params.get("token_level_loss", True))
+    penalty = _nemo_kl(inputs, params, mask, weights)
+    weights = _scaled(weights, _nemo_correction(inputs, params, mask, old_logp))
+    return _policy_case(logp, old_logp, advantage, mask, weights, loss=loss, penalty=penalty, **options)[0]
 
 
 # Distances to a reference
@@ -434,44 +587,56 @@ def _refuse_bounded_k3(logp: np.ndarray, ref_logp: np.ndarray, mask: np.ndarray)
     _unsupported(bool(bounded.any()), "k3 is bounded at 10")
 
 
-def _refuse_score_function(logp: np.ndarray, ref_logp: np.ndarray, mask: np.ndarray) -> None:
-    """For references that add KL_t grad logp_t to the gradient, which is nothing only where the estimate is 0."""
-    _unsupported(bool((logp != ref_logp)[mask].any()), "the KL's gradient has no score-function term")
+def _refuse_nemo_bounds(
+    logp: np.ndarray, ref_logp: np.ndarray, mask: np.ndarray, estimator: str, ratio: np.ndarray | None = None
+) -> None:
+    """NeMo bounds every estimate as verl does k3, after its weight, and drops the score-function term beyond."""
+    estimates = kl(_flat(logp, mask), _flat(ref_logp, mask), estimator).numpy()
+    factors = np.ones(1) if ratio is None else np.broadcast_to(ratio, mask.shape)[mask]
+    bounded = np.abs(ref_logp - logp)[mask] > _MAX_LOG_RATIO
+    bounded |= np.abs(estimates) * np.maximum(factors, 1) >= _MAX_KL
+    _unsupported(bool(bounded.any()), "only k3 is bounded at 10, without its weight")
 
 
-def _kl_case(logp: np.ndarray, ref_logp: np.ndarray, estimator: str) -> Result:
+def _kl_case(logp: np.ndarray, ref_logp: np.ndarray, estimator: str, **options: Any) -> Result:
     """The estimates, and the gradient of their sum."""
     leaf = torch.from_numpy(logp.reshape(-1)).requires_grad_()
-    estimates = kl(leaf, torch.from_numpy(ref_logp.reshape(-1)), estimator)
+    estimates = kl(leaf, torch.from_numpy(ref_logp.reshape(-1)), estimator, **options)
     estimates.sum().backward()
     gradient = _scattered(leaf, np.ones(logp.shape, bool))
     return {"out.kl": estimates.detach().numpy().reshape(logp.shape), "grad.sum_kl.logprob": gradient}
 
 
 def _verl_kl_penalty(inputs: Arrays, params: Params) -> Result:
-    names = {"kl": "k1", "k1": "k1", "mse": "k2", "k2": "k2", "low_var_kl": "k3", "k3": "k3"}
+    names = {"kl": "k1", "k1": "k1", "abs": "abs", "mse": "k2", "k2": "k2", "low_var_kl": "k3", "k3": "k3"}
     name = params["kl_penalty"]
-    _unsupported(name.endswith("+"), "the gradient is that of the estimate itself, not always that of k2")
-    _unsupported(name not in names, f"no estimator {name}")
-    return _kl_case(inputs["logprob"], inputs["ref_logprob"], names[name])
+    gradient = "straight_through_k2" if name.endswith("+") else "naive"
+    _unsupported(name.removesuffix("+") not in names, f"no estimator {name}")
+    return _kl_case(inputs["logprob"], inputs["ref_logprob"], names[name.removesuffix("+")], gradient=gradient)
 
 
 def _slime_approx_kl(inputs: Arrays, params: Params) -> Result:
     """slime bounds k3 under the name low_var_kl only; it has no bound on the log-ratio, which does not show."""
-    weighted = bool((inputs.get("importance_ratio", np.ones(1)) != 1).any())
-    _unsupported(weighted, "the KL is not weighted with importance ratios")
     names = {"k1": "k1", "k2": "k2", "k3": "k3", "low_var_kl": "k3"}
     name, logp, base = params["kl_loss_type"], inputs["log_probs"], inputs["base"]
     _unsupported(name not in names, f"no estimator {name}")
+    mask, ratio, options = np.ones(logp.shape, bool), inputs.get("importance_ratio", np.ones(1)), {}
     if name == "k3":
-        _refuse_bounded_k3(logp, base, np.ones(logp.shape, bool))
-    return {"out.kl": _kl_case(logp, base, names[name])["out.kl"]}
+        _refuse_bounded_k3(logp, base, mask)
+    if (ratio != 1).any():
+        _unsupported(bool((ratio <= 0).any()), "no ratio of probabilities")
+        old_logp = logp - np.log(ratio)
+        _refuse_clamped(logp, old_logp, mask)
+        if name == "low_var_kl":
+            _refuse_nemo_bounds(logp, base, mask, "k3", ratio)
+        options = {"gradient": "is_ratio", "old_logp": torch.from_numpy(old_logp.reshape(-1))}
+    return {"out.kl": _kl_case(logp, base, names[name], **options)["out.kl"]}
 
 
 def _nemo_kl_score_function(inputs: Arrays, params: Params) -> Result:
     logp, ref_logp = inputs["logprob"], inputs["ref_logprob"]
-    _refuse_score_function(logp, ref_logp, np.ones(logp.shape, bool))
-    return _kl_case(logp, ref_logp, params["kl_type"])
+    _refuse_nemo_bounds(logp, ref_logp, np.ones(logp.shape, bool), params["kl_type"])
+    return _kl_case(logp, ref_logp, params["kl_type"], gradient="score_function")
 
 
 # Rollout correction
@@ -572,14 +737,12 @@ def _off_policy_figures(
 
 
 def _verl_reinforce(inputs: Arrays, params: Params) -> Result:
-    """On the policy itself the clipped loss has this gradient, and as its value -A, which is not -A logp."""
-    logp, mask = inputs["log_prob"], inputs["response_mask"] > 0
+    logp, rollout_logp, mask = inputs["log_prob"], inputs["rollout_log_prob"], inputs["response_mask"] > 0
     weights = _scaled(_verl_weights(mask, params, params["loss_agg_mode"]), inputs.get("rollout_is_weights"))
-    case = _policy_case(logp, logp, inputs["advantages"], mask, weights, dual_clip=None)[0]
-    result = {"grad.loss.log_prob": case["grad.loss.log_prob"]}
+    case = logp, rollout_logp, inputs["advantages"], mask, weights
+    result, terms = _policy_case(*case, loss=policy_loss.reinforce)
     if mask.any():
-        difference = _flat(logp - inputs["rollout_log_prob"], mask)
-        result["metric.actor/ppo_kl"] = -difference.mean().item()
+        result["metric.actor/ppo_kl"] = terms.approx_kl.mean().item()
     return result
 
 
@@ -603,7 +766,7 @@ def _verl_bypass(inputs: Arrays, params: Params) -> Result:
         result = _verl_reinforce(case, defaults | params)
     else:
         case.pop("rollout_is_weights", None)
-        result = _verl_policy_loss(by_sequence=False)(case, defaults | params)
+        result = _verl_ppo_clip(case, defaults | params)
     figures = _figures(metrics, mask, params, "rollout_corr/")
     return result | figures | _off_policy_figures(logp, rollout_logp, mask, params, "rollout_corr/")
 
@@ -646,6 +809,70 @@ def _dapo_overlong(inputs: Arrays, params: Params) -> Result:
     _unsupported(not 0 < params["overlong_buffer_len"] <= longest, "the buffer is a part of the length")
     options = {"max_length": longest, "buffer": params["overlong_buffer_len"], "factor": params["penalty_factor"]}
     return {"out.overlong_reward": overlong_penalty(torch.from_numpy(length), **options).numpy()}
+
+
+# Smoothed importance weights
+
+# The references' figures are left out: they count masked tokens as zeros, or do not, under one and the same name.
+
+
+def _smoothed_by_token(weights: Tensor, mask: np.ndarray, beta: float) -> Tensor:
+    return exponential_average(weights, _ids(mask), beta=beta, init="first")
+
+
+def _ema_token_axis(inputs: Arrays, params: Params) -> Result:
+    raw, mask = inputs["raw"], inputs["response_mask"] > 0
+    smoothed = raw.copy()
+    smoothed[mask] = _smoothed_by_token(_flat(raw, mask), mask, params["beta"]).numpy()
+    return {"out.smoothed": smoothed}
+
+
+def _ema_step_axis(inputs: Arrays, params: Params) -> Result:
+    """Over updates no token depends on another, so that those outside the mask are smoothed like any."""
+    averages, result = StepAverages(beta=params["beta"]), {}
+    for visit, name in enumerate(("step1", "step2")):
+        result[f"out.smoothed_{name}"] = _visited(averages, inputs[f"raw_{name}"], visit)
+    return result
+
+
+def _visited(averages: StepAverages, raw: np.ndarray, visit: int) -> np.ndarray:
+    everywhere = np.ones(raw.shape, bool)
+    smoothed = averages.update(range(len(raw)), _flat(raw, everywhere), _ids(everywhere), visit=visit)
+    return smoothed.numpy().reshape(raw.shape)
+
+
+def _ema_step_axis_shared_uid(inputs: Arrays, params: Params) -> Result:
+    shared = len(np.unique(inputs["uid"])) < len(inputs["uid"])
+    _unsupported(shared, "each sample has a state of its own; the answers to one prompt do not share theirs")
+    return {"out.smoothed": _visited(StepAverages(beta=params["beta"]), inputs["raw"], 0)}
+
+
+def _ema_policy_loss(by_token: bool) -> Callable[[Arrays, Params], Result]:
+    def smoothed(raw: Tensor, mask: np.ndarray, beta: float) -> Tensor:
+        if by_token:
+            return with_gradient(raw, _smoothed_by_token(raw, mask, beta), beta=beta, gradient="full")
+        first_visit = StepAverages(beta=beta).update(range(len(mask)), raw, _ids(mask), visit=0)
+        return with_gradient(raw, first_visit, beta=beta, gradient="current")
+
+    def run(inputs: Arrays, params: Params) -> Result:
+        logp, old_logp, mask = inputs["log_prob"], inputs["old_log_prob"], inputs["response_mask"] > 0
+        _refuse_clamped(logp, old_logp, mask)
+        leaf, old = _flat(logp, mask).requires_grad_(), _flat(old_logp, mask)
+        ratio = smoothed(importance.log_ratio(leaf, old).exp(), mask, params["beta"])
+        clip = {"clip_low": params["cliprange"], "clip_high": params["cliprange"], "dual_clip": params["clip_ratio_c"]}
+        terms = policy_loss.ppo_clip(leaf, old, _flat(inputs["advantages"], mask), ratio=ratio, **clip)
+        weights = _weights(mask, "token-mean")[torch.from_numpy(mask)] * (mask.sum() / (mask.sum() + _EPSILON))
+        loss = (weights * terms.loss).sum()
+        loss.backward()
+        return {
+            "out.loss": loss.item(),
+            "out.clipfrac": (weights * terms.clipped).sum().item(),
+            "out.clipfrac_lower": (weights * terms.clipped_low).sum().item(),
+            "out.ppo_kl": (weights * terms.approx_kl).sum().item(),
+            "grad.loss.log_prob": _scattered(leaf, mask),
+        }
+
+    return run
 
 
 # Statistics of logits
@@ -713,18 +940,35 @@ OPS: dict[str, Callable[[Arrays, Params], Result]] = {
     "compute_grpo_vectorized_outcome_advantage": _verl_grpo,
     "compute_offpolicy_metrics": _verl_off_policy_metrics,
     "compute_policy_loss_bypass_mode": _verl_bypass,
-    "compute_policy_loss_gspo": _verl_policy_loss(by_sequence=True),
+    "compute_policy_loss_cispo": _verl_policy_loss(policy_loss.cispo, **_VERL_BOUNDS),
+    "compute_policy_loss_clip_cov": _depends_on_the_cut,
+    "compute_policy_loss_dppo_kl": _verl_policy_loss(policy_loss.dppo_kl, **_VERL_BOUNDS, max_ratio="clip_ratio_c"),
+    "compute_policy_loss_dppo_tv": _verl_policy_loss(policy_loss.dppo_tv, **_VERL_BOUNDS, max_ratio="clip_ratio_c"),
+    "compute_policy_loss_dro": _verl_policy_loss(policy_loss.dro, beta="dro_beta"),
+    "compute_policy_loss_geo_mean": _verl_geo_mean,
+    "compute_policy_loss_gpg": _verl_policy_loss(policy_loss.reinforce),
+    "compute_policy_loss_gspo": _verl_policy_loss(policy_loss.gspo, "seq-mean-token-mean", **_VERL_BOUNDS),
+    "compute_policy_loss_kl_cov": _depends_on_the_cut,
     "compute_policy_loss_reinforce": _verl_reinforce,
-    "compute_policy_loss_vanilla": _verl_policy_loss(by_sequence=False),
+    "compute_policy_loss_sapo": _verl_policy_loss(
+        policy_loss.sapo, "seq-mean-token-mean", temperature_positive="tau_pos", temperature_negative="tau_neg"
+    ),
+    "compute_policy_loss_vanilla": _verl_ppo_clip,
     "compute_rollout_correction_weights": _verl_rollout_weights,
     "compute_rollout_rejection_mask": _verl_rejection_mask,
     "cs336_compute_entropy": _cs336_compute_entropy,
     "cs336_compute_group_normalized_rewards": _cs336_group_normalized_rewards,
     "cs336_compute_grpo_clip_loss": _cs336_grpo_clip_loss,
+    "cs336_compute_naive_policy_gradient_loss": _cs336_naive_policy_gradient_loss,
     "cs336_grpo_microbatch_train_step": _cs336_grpo_microbatch_train_step,
     "cs336_masked_mean": _cs336_masked_mean,
     "cs336_masked_normalize": _cs336_masked_normalize,
     "dapo_overlong": _dapo_overlong,
+    "ema_step_axis": _ema_step_axis,
+    "ema_step_axis_policy_loss": _ema_policy_loss(by_token=False),
+    "ema_step_axis_shared_uid": _ema_step_axis_shared_uid,
+    "ema_token_axis_init_first": _ema_token_axis,
+    "ema_token_axis_policy_loss": _ema_policy_loss(by_token=True),
     "entropy_from_logits": _entropy_from_logits,
     "kl_penalty": _verl_kl_penalty,
     "kl_score_function": _nemo_kl_score_function,
@@ -733,6 +977,8 @@ OPS: dict[str, Callable[[Arrays, Params], Result]] = {
     "nemo_clipped_pg": _nemo_clipped_pg,
     "nemo_grpo_advantage": _nemo_grpo_advantage,
     "slime_approx_kl": _slime_approx_kl,
+    "slime_cispo": _slime_cispo,
+    "slime_gspo_kl": _slime_gspo_kl,
     "slime_opsm": _slime_opsm,
     "slime_policy_loss": _slime_policy_loss,
     "trl_grpo_loss": _trl_grpo_loss,

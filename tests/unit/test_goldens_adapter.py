@@ -138,10 +138,151 @@ class TestPolicyLosses:
     def test_refuses_what_is_not_there(self) -> None:
         inputs = policy_inputs() | {"mask": MASK, "advantages": np.ones(3)}
         params = {"loss_type": "grpo", "level": "token", "eps": [0.2, 0.2]}
-        refused("trl_grpo_loss", inputs, params | {"delta": 2.0}, "delta")
-        refused("trl_grpo_loss", inputs, params | {"loss_type": "cispo"}, "cispo")
+        refused("trl_grpo_loss", inputs, params | {"loss_type": "vespo"}, "no loss like vespo")
+        refused("trl_grpo_loss", inputs, params | {"quant": 0.5}, "quant")
         refused("trl_grpo_loss", inputs | {"mask": MASK * [[1], [0], [1]]}, params, "without tokens")
         refused("trl_grpo_loss", inputs | {"old_log_prob": MASK * 25}, params, "bounded at 20")
+
+
+class TestOtherPolicyLosses:
+    """The tokens of the mask have A = 2 and the same ratio; where it matters, log-probabilities of log(ratio) - 1."""
+
+    def inputs(self, ratio: float, advantage: float = 2.0) -> Arrays:
+        inputs = policy_inputs(ratio, advantage)
+        old = np.where(MASK > 0, -1.0, 0.0)
+        return inputs | {"log_prob": inputs["log_prob"] + old, "old_log_prob": old}
+
+    @pytest.mark.parametrize(
+        ("operation", "extra", "ratio", "slope", "clipped"),
+        [
+            ("cispo", {}, 1.1, -2.2, 0),
+            ("cispo", {}, 1.5, -2.4, 1),
+            ("gpg", {}, 1.5, -2.0, None),
+            ("dppo_tv", {}, 1.1, -2.2, 0),
+            ("dppo_tv", {}, 1.6, 0.0, 1),
+            ("dppo_kl", {}, 1.1, -2.2, 0),
+            ("dppo_kl", {"clip_ratio_high": 0.02}, 1.6, 0.0, 1),
+            ("dro", {"dro_beta": 0.5}, math.e, -1.5, None),
+        ],
+    )
+    def test_verl(self, operation: str, extra: Params, ratio: float, slope: float, clipped: int | None) -> None:
+        params = {"loss_agg_mode": "token-mean"} | CLIP | extra
+        result = OPS[f"compute_policy_loss_{operation}"](self.inputs(ratio), params)
+        assert_close(result["grad.loss.log_prob"], MASK * slope / 5)
+        linear = slope * (math.log(ratio) - 1)
+        assert_close(result["out.loss"], 0.25 if operation == "dro" else linear)
+        if clipped is not None:
+            assert result["metric.actor/pg_clipfrac"] == clipped
+
+    def test_verl_sapo_is_a_mean_of_means(self) -> None:
+        params = {"loss_agg_mode": "token-mean", "tau_pos": 1.0, "tau_neg": 1.05}
+        result = OPS["compute_policy_loss_sapo"](self.inputs(1.0), params)
+        np.testing.assert_allclose(result["out.loss"], -4, rtol=1e-7)
+        expected = MASK / MASK.sum(1, keepdims=True) * -2 / 3
+        np.testing.assert_allclose(result["grad.loss.log_prob"], expected, rtol=1e-7)
+
+    def test_verl_geo_mean_counts_rows_without_tokens(self) -> None:
+        mask, low = MASK * [[1], [0], [1]], {"clip_ratio_low": 0.4, "clip_ratio_high": 0.4}
+        inputs = policy_inputs(1.1) | {"response_mask": mask}
+        result = OPS["compute_policy_loss_geo_mean"](inputs, low)
+        np.testing.assert_allclose(result["out.loss"], -2.2 * 2 / 3, rtol=1e-7)
+        expected = mask / np.maximum(mask.sum(1, keepdims=True), 1) * -2.2 / 3
+        np.testing.assert_allclose(result["grad.loss.log_prob"], expected, rtol=1e-7)
+        far = inputs | {"old_log_prob": inputs["log_prob"] - 11, "advantages": -inputs["advantages"]}
+        refused("compute_policy_loss_geo_mean", far, low, "bounded at 10")
+        refused("compute_policy_loss_geo_mean", inputs | {"rollout_is_weights": MASK}, low, "geometric mean of weights")
+
+    def test_verl_covariances_depend_on_the_cut(self) -> None:
+        for operation in ("compute_policy_loss_clip_cov", "compute_policy_loss_kl_cov"):
+            refused(operation, policy_inputs(), {}, "cut would matter")
+
+    def test_cs336(self) -> None:
+        logp, advantages = np.log([[0.5, 0.25]]), np.array([[2.0]])
+        inputs = {"policy_log_probs": logp, "raw_rewards_or_advantages": advantages}
+        assert_close(OPS["cs336_compute_naive_policy_gradient_loss"](inputs, {})["out.array"], -2 * logp)
+        step = {"policy_log_probs": logp, "response_mask": np.ones((1, 2), bool), "advantages": advantages}
+        params = {"loss_type": "reinforce_with_baseline", "gradient_accumulation_steps": 2}
+        result = OPS["cs336_grpo_microbatch_train_step"](step, params)
+        assert_close(result["grad.loss.policy_log_probs"], [[-0.5, -0.5]])
+        rewards = step | {"raw_rewards": -advantages}
+        result = OPS["cs336_grpo_microbatch_train_step"](rewards, params | {"loss_type": "no_baseline"})
+        assert_close(result["grad.loss.policy_log_probs"], [[0.5, 0.5]])
+        refused("cs336_grpo_microbatch_train_step", step, params | {"loss_type": "other"}, "no loss other")
+
+    def test_slime(self) -> None:
+        old = np.log(np.full(2, 0.1, np.float32))
+        logp = old + np.log(np.array([1.1, 8.0], np.float32))
+        inputs = {"log_prob": logp, "old_log_prob": old, "advantages": np.array([2, -1], np.float32)}
+        result = OPS["slime_cispo"](inputs, {"eps_clip": 1.0, "eps_clip_high": 4.0})
+        np.testing.assert_allclose(result["grad.sum.log_prob"], [-2.2, 5], rtol=1e-6)
+        np.testing.assert_allclose(result["out.pg_losses"], [-2.2, 5] * logp, rtol=1e-6)
+        assert_close(result["out.clipfrac"], [0, 1])
+        by_sequence = inputs | {"lens": np.array([1, 1]), "loss_mask": np.array([1.0, 0.0])}
+        result = OPS["slime_gspo_kl"](by_sequence, {})
+        np.testing.assert_allclose(result["out.ppo_kl"], [-math.log(1.1), 0], rtol=1e-5)
+
+    @pytest.mark.parametrize("operation", ["trl_grpo_loss", "liger_grpo_loss"])
+    def test_trl_and_liger(self, operation: str) -> None:
+        def loss(name: str, ratio: float, advantage: float = 2.0, **params: Any) -> Result:
+            if operation == "trl_grpo_loss":
+                low, high = params.pop("epsilon_low", 0.2), params.pop("epsilon_high", 0.2)
+                params |= {"eps": [low, high], "level": params.pop("importance_sampling_level", "token")}
+            inputs = self.inputs(ratio, advantage) | {"mask": MASK, "advantages": np.full(3, advantage)}
+            inputs["ref_log_prob"] = inputs["log_prob"]
+            return OPS[operation](inputs, {"loss_type": name, "beta": 0.0} | params)
+
+        assert_close(loss("cispo", 8.0, epsilon_high=5.0)["grad.loss.log_prob"], MASK * -10 / 5)
+        assert_close(loss("cispo", 0.1, epsilon_high=5.0, beta=0.5)["grad.loss.log_prob"], MASK * -0.2 / 5)
+        assert_close(loss("sapo", 1.0)["grad.loss.log_prob"], MASK / MASK.sum(1, keepdims=True) * -2 / 3)
+        for ratio, advantage, slope in ((3.0, -2.0, 0.0), (1.9, -2.0, 3.8), (3.0, 2.0, 0.0)):
+            result = loss("dapo", ratio, advantage, delta=2.0)
+            assert_close(result["grad.loss.log_prob"], MASK * slope / 5)
+        sequence = {"importance_sampling_level": "sequence"}
+        assert_close(loss("luspo", 1.1, **sequence)["grad.loss.log_prob"], MASK * -2.2 / 3)
+        for name, params, reason in (
+            ("dapo", {"delta": 1.1}, "beyond the first"),
+            ("dapo", {"delta": 2.0} | sequence, "no second bound"),
+            ("cispo", sequence, "no sequence ratios"),
+            ("luspo", {}, "over rows"),
+            ("luspo", sequence | {"beta": 0.1}, "over rows"),
+        ):
+            with pytest.raises(NotImplementedError, match=reason):
+                loss(name, 1.1, **params)
+
+    def nemo(self, ratio: float, **params: Any) -> Any:
+        inputs = self.inputs(ratio) | {"token_mask": MASK, "sample_mask": np.ones(3)}
+        inputs["rollout_log_prob"] = inputs["old_log_prob"] - np.where(MASK > 0, np.log([[2], [0.5], [1]]), 0)
+        result = OPS["nemo_clipped_pg"](inputs, {"reference_policy_kl_penalty": 0.0} | params)
+        return 5 * result["grad.loss.log_prob"]
+
+    def test_nemo(self) -> None:
+        assert_close(self.nemo(1.5), 0 * MASK)
+        assert_close(self.nemo(1.5, use_cispo=True), -2.4 * MASK)
+        assert_close(self.nemo(1.5, disable_ppo_ratio=True), -2 * MASK)
+        assert_close(self.nemo(1.5, force_on_policy_ratio=True), -2 * MASK)
+        refused_options = {"use_cispo": True, "disable_ppo_ratio": True}
+        with pytest.raises(NotImplementedError, match="use_cispo"):
+            self.nemo(1.5, **refused_options)
+
+    @pytest.mark.parametrize(
+        ("params", "factors"),
+        [
+            ({}, [2, 0.5, 1]),
+            ({"type": "tis", "ratio": 1.5}, [1.5, 0.5, 1]),
+            ({"type": "icepop", "ratio": 1.5, "ratio_min": 0.4}, [0, 0.5, 1]),
+            ({"type": "seq-mask-tis", "ratio": 2.5, "ratio_min": 0.8}, [2, 0, 1]),
+        ],
+    )
+    def test_nemo_corrects_the_rollouts(self, params: Params, factors: list[float]) -> None:
+        named = {f"truncated_importance_sampling_{name}": value for name, value in params.items()}
+        got = self.nemo(1.1, use_importance_sampling_correction=True, **named)
+        assert_close(got, -2.2 * MASK * np.array(factors)[:, None])
+
+    def test_nemo_corrects_by_sequence(self) -> None:
+        by_sequence = {"sequence_level_importance_ratios": True, "token_level_loss": False}
+        got = self.nemo(1.1, use_importance_sampling_correction=True, **by_sequence)
+        expected = -2.2 * MASK / MASK.sum(1, keepdims=True) * 5 / 3 * [[4], [0.25], [1]]
+        np.testing.assert_allclose(got, expected, rtol=1e-7)
 
 
 class TestRegularisers:
@@ -172,7 +313,6 @@ class TestRegularisers:
 
     def test_refuses_other_terms(self) -> None:
         inputs = self.inputs(2.0)
-        refused("trl_grpo_loss", inputs, {**self.TRL, "beta": 0.5, "bias": True}, "bias")
         refused("trl_grpo_loss", inputs, {**self.TRL, "loss_type": "dr_grpo", "entc": 0.1}, "averaged like the loss")
         refused("trl_grpo_loss", self.inputs(14.0), {**self.TRL, "beta": 0.5}, "bounded at 10")
         refused("liger_grpo_loss", self.inputs(1e-5), {"loss_type": "dapo"}, "bounded at 10")
@@ -180,17 +320,36 @@ class TestRegularisers:
         refused("trl_grpo_loss", inputs, {**self.TRL, "entc": 0.1}, "no entropies")
         refused("trl_grpo_loss", inputs, {**self.TRL, "beta": 0.5}, "no reference")
 
-    @pytest.mark.parametrize(("estimator", "slope"), [("k1", 1.0), ("k2", 0.0), ("k3", 0.0)])
-    def test_nemo_agrees_at_the_reference_only(self, estimator: str, slope: float) -> None:
+    def test_trl_weighs_the_kl(self) -> None:
+        """r k3 has the slope r (k3 + 1 - e^d), and r is 1.1."""
+        params = {**self.TRL, "beta": 0.5, "bias": True}
+        result = OPS["trl_grpo_loss"](self.inputs(2.0), params)
+        k3 = 1 - math.log(2)
+        assert_close(result["out.loss"], -2.2 + 0.5 * 1.1 * k3)
+        assert_close(result["grad.loss.log_prob"], MASK * (-2.2 + 0.5 * 1.1 * (k3 - 1)) / 5)
+        refused("trl_grpo_loss", self.inputs(2.0), params | {"level": "sequence"}, "no sequence ratios")
+        refused("trl_grpo_loss", self.inputs(2.0), params | {"entc": 0.1}, "no entropy bonus")
+
+    @pytest.mark.parametrize(
+        ("estimator", "value", "slope"),
+        [
+            ("k1", -math.log(2), 1.0),
+            ("k2", math.log(2) ** 2 / 2, -math.log(2)),
+            ("k3", 1 - math.log(2), -1.0),
+        ],
+    )
+    def test_nemo_adds_the_score_function(self, estimator: str, value: float, slope: float) -> None:
         ones = {"token_mask": MASK, "sample_mask": np.ones(3), "advantages": 2 * MASK}
         params = {"reference_policy_kl_penalty": 0.5, "reference_policy_kl_type": estimator}
-        result = OPS["nemo_clipped_pg"](self.inputs(1.0) | ones, params)
-        assert_close(result["out.loss"], -2.2)
-        assert_close(result["grad.loss.log_prob"], MASK * (-2.2 + 0.5 * slope) / 5)
-        refused("nemo_clipped_pg", self.inputs(2.0) | ones, params, "score-function")
-        refused("nemo_clipped_pg", self.inputs(2.0) | ones, {}, "score-function")
-        weighted = params | {"use_on_policy_kl_approximation": True}
-        refused("nemo_clipped_pg", self.inputs(1.0) | ones, weighted, "use_on_policy_kl")
+        result = OPS["nemo_clipped_pg"](self.inputs(2.0) | ones, params)
+        assert_close(result["out.loss"], -2.2 + 0.5 * value)
+        assert_close(result["grad.loss.log_prob"], MASK * (-2.2 + 0.5 * (slope + value)) / 5)
+        inputs = self.inputs(2.0) | ones
+        inputs["rollout_log_prob"] = inputs["log_prob"] - math.log(3)
+        result = OPS["nemo_clipped_pg"](inputs, params | {"use_on_policy_kl_approximation": True})
+        assert_close(result["out.loss"], -2.2 + 0.5 * 3 * value)
+        assert_close(result["grad.loss.log_prob"], MASK * (-2.2 + 0.5 * 3 * (slope + value)) / 5)
+        refused("nemo_clipped_pg", self.inputs(1e5) | ones, params, "bounded at 10")
 
     def test_nemo_has_no_dual_clip_by_sequence(self) -> None:
         inputs = policy_inputs() | {"token_mask": MASK, "sample_mask": np.ones(3)}
@@ -262,12 +421,12 @@ class TestRolloutCorrection:
             np.testing.assert_allclose(result["out.loss"], loss / 2, rtol=1e-7)
             np.testing.assert_allclose(result["grad.loss.log_prob"].sum(), slope / 2, rtol=1e-7)
 
-    def test_reinforce_is_a_gradient_only(self) -> None:
+    def test_reinforce(self) -> None:
         inputs = policy_inputs(1.5) | {"rollout_is_weights": 0.5 * MASK, "rollout_log_prob": np.zeros_like(MASK)}
         result = OPS["compute_policy_loss_reinforce"](inputs, {"loss_agg_mode": "token-mean"})
         assert_close(result["grad.loss.log_prob"], MASK * -2 / 2 / 5)
         assert_close(result["metric.actor/ppo_kl"], -math.log(1.5))
-        assert "out.loss" not in result
+        assert_close(result["out.loss"], -math.log(1.5))
 
     def test_bypass(self) -> None:
         """Weights are for REINFORCE; what is rejected leaves the denominator."""
@@ -338,6 +497,11 @@ class TestDistances:
             (["kl", "k1"], -D, np.ones(5)),
             (["mse", "k2"], D * D / 2, -D),
             (["low_var_kl", "k3"], [0, 1 - math.log(2), 10, 10, 10], [0, -1, 0, 0, 0]),
+            (["abs"], abs(D), -np.sign(D)),
+            (["abs+"], abs(D), -D),
+            (["kl+", "k1+"], -D, -D),
+            (["mse+", "k2+"], D * D / 2, -D),
+            (["low_var_kl+", "k3+"], [0, 1 - math.log(2), 10, 10, 10], -D),
         ],
     )
     def test_verl_names(self, names: list[str], values: object, slopes: object) -> None:
@@ -350,9 +514,7 @@ class TestDistances:
     def test_verl_shape_and_refusals(self) -> None:
         inputs = {"logprob": np.zeros((2, 3)), "ref_logprob": np.ones((2, 3))}
         assert_close(OPS["kl_penalty"](inputs, {"kl_penalty": "k1"})["out.kl"], -np.ones((2, 3)))
-        refused("kl_penalty", inputs, {"kl_penalty": "abs"}, "no estimator abs")
-        for name in ("k1+", "k3+", "low_var_kl+"):
-            refused("kl_penalty", inputs, {"kl_penalty": name}, "not always that of k2")
+        refused("kl_penalty", inputs, {"kl_penalty": "full"}, "no estimator full")
 
     def test_slime_bounds_one_name(self) -> None:
         inputs = {"log_probs": -self.D, "base": np.zeros(5)}
@@ -365,15 +527,76 @@ class TestDistances:
     def test_slime_weights(self) -> None:
         inputs = {"log_probs": -self.D, "base": np.zeros(5), "importance_ratio": np.ones(5)}
         assert_close(OPS["slime_approx_kl"](inputs, {"kl_loss_type": "k2"})["out.kl"], self.D**2 / 2)
-        weighted = inputs | {"importance_ratio": np.array([1, 1, 1, 1, 0.9])}
-        refused("slime_approx_kl", weighted, {"kl_loss_type": "k2"}, "not weighted")
+        ratio = np.array([1, 1, 1, 2, 0.5])
+        weighted = OPS["slime_approx_kl"](inputs | {"importance_ratio": ratio}, {"kl_loss_type": "k2"})
+        assert_close(weighted["out.kl"], ratio * self.D**2 / 2)
+        refused("slime_approx_kl", inputs | {"importance_ratio": ratio}, {"kl_loss_type": "low_var_kl"}, "its weight")
+        refused("slime_approx_kl", inputs | {"importance_ratio": 0 * ratio}, {"kl_loss_type": "k2"}, "no ratio")
 
     def test_score_function(self) -> None:
         logp = -self.D
-        refused("kl_score_function", {"logprob": logp, "ref_logprob": logp + 1}, {"kl_type": "k3"}, "score-function")
-        result = OPS["kl_score_function"]({"logprob": logp, "ref_logprob": logp}, {"kl_type": "k1"})
-        assert_close(result["out.kl"], np.zeros(5))
-        assert_close(result["grad.sum_kl.logprob"], np.ones(5))
+        result = OPS["kl_score_function"]({"logprob": logp, "ref_logprob": logp + math.log(2)}, {"kl_type": "k3"})
+        assert_close(result["out.kl"], np.full(5, 1 - math.log(2)))
+        assert_close(result["grad.sum_kl.logprob"], np.full(5, -math.log(2)))
+        for kind in ("k1", "k2", "k3"):
+            inputs = {"logprob": logp, "ref_logprob": logp + 25}
+            refused("kl_score_function", inputs, {"kl_type": kind}, "bounded at 10")
+
+
+class TestSmoothedWeights:
+    """With beta 1/2, over the tokens of the mask and from the first of each row, or over updates and from 1."""
+
+    RAW = np.array([[2.0, 1.0, 9.0], [9.0, 3.0, 2.0], [0.5, 9.0, 9.0]])
+
+    def test_over_tokens(self) -> None:
+        result = OPS["ema_token_axis_init_first"]({"raw": self.RAW, "response_mask": MASK}, {"beta": 0.5})
+        assert_close(result["out.smoothed"], [[2, 1.5, 9], [9, 3, 2.5], [0.5, 9, 9]])
+        assert set(result) == {"out.smoothed"}
+
+    def test_over_updates(self) -> None:
+        inputs = {"raw_step1": self.RAW, "raw_step2": 2 * self.RAW, "response_mask": MASK}
+        result = OPS["ema_step_axis"](inputs, {"beta": 0.5})
+        assert_close(result["out.smoothed_step1"], self.RAW / 2 + 0.5)
+        assert_close(result["out.smoothed_step2"], self.RAW * 5 / 4 + 0.25)
+
+    def test_samples_do_not_share_a_state(self) -> None:
+        inputs = {"raw": self.RAW, "response_mask": MASK, "uid": np.array(["g", "h", "i"])}
+        result = OPS["ema_step_axis_shared_uid"](inputs, {"beta": 0.5})
+        assert_close(result["out.smoothed"], self.RAW / 2 + 0.5)
+        shared = inputs | {"uid": np.array(["g", "h", "g"])}
+        refused("ema_step_axis_shared_uid", shared, {"beta": 0.5}, "a state of its own")
+
+    def inputs(self) -> Arrays:
+        """Smoothed over tokens the ratios are 2, 3/2; 3, 5/2; 1/2, over updates 3/2, 1; 2, 3/2; 3/4."""
+        advantages = np.array([[-1.0], [1.0], [2.0]]) + np.where(MASK > 0, 0.0, np.nan)
+        logp = np.where(MASK > 0, np.log(self.RAW), np.nan)
+        return {"log_prob": logp, "old_log_prob": np.zeros_like(MASK), "advantages": advantages, "response_mask": MASK}
+
+    PARAMS = MappingProxyType({"beta": 0.5, "cliprange": 0.2, "clip_ratio_c": 1.8})
+
+    def assert_near(self, got: Any, expected: Any) -> None:
+        """The reference's denominator is count + 1e-8."""
+        np.testing.assert_allclose(got, expected, rtol=1e-8, atol=1e-8)
+
+    def test_loss_over_tokens(self) -> None:
+        """2 is cut at 1.8; the slope of 3/2 is the first token's too; 3 and 5/2 are clipped; 1/2 is not, for A > 0."""
+        result = OPS["ema_token_axis_policy_loss"](self.inputs(), dict(self.PARAMS))
+        self.assert_near(result["out.loss"], (1.8 + 1.5 - 1.2 - 1.2 - 1) / 5)
+        self.assert_near(result["out.clipfrac"], 2 / 5)
+        self.assert_near(result["out.clipfrac_lower"], 1 / 5)
+        self.assert_near(result["out.ppo_kl"], -math.log(6) / 5)
+        slopes = [[0.5 * 2, 0.5 * 1, 0], [0, 0, 0], [-2 * 0.5, 0, 0]]
+        self.assert_near(result["grad.loss.log_prob"], np.array(slopes) / 5)
+
+    def test_loss_over_updates(self) -> None:
+        result = OPS["ema_step_axis_policy_loss"](self.inputs(), dict(self.PARAMS))
+        self.assert_near(result["out.loss"], (1.5 + 1 - 1.2 - 1.2 - 1.5) / 5)
+        slopes = [[0.5 * 2, 0.5 * 1, 0], [0, 0, 0], [-2 * 0.5 * 0.5, 0, 0]]
+        self.assert_near(result["grad.loss.log_prob"], np.array(slopes) / 5)
+
+    def test_refuses_ratios_that_are_bounded(self) -> None:
+        far = self.inputs() | {"old_log_prob": np.full_like(MASK, -21.0)}
+        refused("ema_token_axis_policy_loss", far, dict(self.PARAMS), "bounded at 20")
 
 
 class TestLogits:
