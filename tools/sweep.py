@@ -2,8 +2,8 @@
 
     python tools/sweep.py tools/sweeps/layouts.yaml
 
-A sweep names a config, the `a.b=c` overrides of each case, and seeds. Every run that ends appends its steps to
-`curves.csv` in the sweep's folder of results; a run that is there already is not run again, so that an interrupted
+A sweep names a config, `a.b=c` overrides for all cases and for each, and seeds. Every run that ends appends its steps
+to `curves.csv` in the sweep's folder of results; a run that is there already is not run again, so that an interrupted
 sweep goes on where it stopped. `curves.png` beside it is drawn anew each time.
 """
 
@@ -51,10 +51,13 @@ def append(table: Path, case: str, seed: int, rows: list[dict[str, Any]]) -> Non
             writer.writerow([case, seed, row["step"], *figures, f"{row['time'] - rows[0]['time']:.1f}", date])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sweep", type=Path)
-    path = parser.parse_args().sweep
+def run_directory(sweep: dict[str, Any], case: str, seed: int) -> Path:
+    """Where a case and seed of a sweep is trained."""
+    return Path(sweep["runs"]) / f"{case.replace(' ', '_')}_{seed}"
+
+
+def run_sweep(path: Path) -> None:
+    """Runs what the table of results lacks, and draws it."""
     sweep = yaml.safe_load(path.read_text())
     results = Path(sweep["results"])
     results.mkdir(parents=True, exist_ok=True)
@@ -65,10 +68,16 @@ def main() -> None:
             if (case, seed) in done:
                 continue
             print(f"\n== {path.stem}: {case}, seed {seed}", flush=True)
-            run_dir = Path(sweep["runs"]) / f"{case}_{seed}"
-            append(table, case, seed, run(Path(sweep["config"]), [*overrides, f"train.seed={seed}"], run_dir))
+            options = [*sweep.get("options", []), *overrides, f"train.seed={seed}"]
+            append(table, case, seed, run(Path(sweep["config"]), options, run_directory(sweep, case, seed)))
     plot_comparison(table, results / "curves.png", title=sweep["title"])
     print(f"\n{table}\n{results / 'curves.png'}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sweep", type=Path)
+    run_sweep(parser.parse_args().sweep)
 
 
 if __name__ == "__main__":

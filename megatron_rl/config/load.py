@@ -26,12 +26,13 @@ GRPO: dict[str, Any] = {
     "overlong_buffer": 0,
     "drop_truncated": False,
 }
+WITHOUT_STD = GRPO | {"normalize_by_std": False, "aggregation": "seq-mean-token-sum-norm"}
 BY_SEQUENCE = GRPO | {"dual_clip": 0.0, "aggregation": "seq-mean-token-mean"}
 ALGORITHM_DEFAULTS: dict[Algorithm, dict[str, Any]] = {
     # Shao et al., 2024; token mean and dual clip as in verl.
     Algorithm.grpo: GRPO,
     # Liu et al., 2025.
-    Algorithm.dr_grpo: GRPO | {"normalize_by_std": False, "aggregation": "seq-mean-token-sum-norm"},
+    Algorithm.dr_grpo: WITHOUT_STD,
     # Yu et al., 2025: clip higher, refill silent groups, and a soft limit on length (a fifth of it, as in the paper).
     Algorithm.dapo: GRPO | {"clip_high": 0.28, "max_rollout_batches": 10, "overlong_buffer": None},
     # Zheng et al., 2025.
@@ -43,8 +44,8 @@ ALGORITHM_DEFAULTS: dict[Algorithm, dict[str, Any]] = {
     # Zhao et al., 2025.
     Algorithm.gmpo: BY_SEQUENCE | {"loss": Loss.geo_mean, "clip_low": 0.4, "clip_high": 0.4},
     # Qi et al., 2026.
-    Algorithm.dppo_tv: GRPO | {"loss": Loss.dppo_tv, "clip_low": 0.15, "clip_high": 0.15},
-    Algorithm.dppo_kl: GRPO | {"loss": Loss.dppo_kl, "clip_low": 0.05, "clip_high": 0.05},
+    Algorithm.dppo_tv: WITHOUT_STD | {"loss": Loss.dppo_tv, "clip_low": 0.15, "clip_high": 0.15},
+    Algorithm.dppo_kl: WITHOUT_STD | {"loss": Loss.dppo_kl, "clip_low": 0.05, "clip_high": 0.05},
     # Richemond et al., 2024.
     Algorithm.dro: GRPO | {"loss": Loss.dro},
 }

@@ -16,6 +16,11 @@ from megatron_rl.types import RolloutGroup
 WEIGHTS = "rollout_weights"
 
 
+def is_corrected(config: RolloutCorrectionConfig) -> bool:
+    """Whether anything compares the engine's policy with the one that the update starts from."""
+    return config.level is not CorrectionLevel.none or bool(config.reject) or config.bypass
+
+
 def with_rollout_log_probs(samples: Sequence[Sample], groups: Sequence[RolloutGroup]) -> list[Sample]:
     """The engine's log-probabilities under the whole softmax, as the field `rollout_log_probs`."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from megatron_rl.config.schema import GrpoConfig
+from megatron_rl.data.samples import Sample, from_example
 from megatron_rl.data.sources import PromptSource
 from megatron_rl.metrics.timing import Timer
 from megatron_rl.rollout.engine import Sampling
@@ -67,3 +68,18 @@ def sampling(config: GrpoConfig, step: int, number: int) -> Sampling:
         seed=config.train.seed,
         stream=(TRAINING, step, number) if number else (TRAINING, step),
     )
+
+
+def to_samples(groups: Sequence[RolloutGroup], *, drop_truncated: bool = False) -> list[Sample]:
+    """Rollouts in order, numbered from 0. A response that could not be judged bears no loss.
+
+    Nor does one that was cut off at the limit with `drop_truncated` (DAPO's overlong filtering); its reward still
+    counts in its group.
+    """
+    pairs = [(group, i) for group in groups for i in range(len(group.rollouts))]
+    samples = []
+    for number, (group, i) in enumerate(pairs):
+        sample = from_example(number, group.prompt.token_ids, group.rollouts[i].token_ids)
+        dropped = drop_truncated and group.rollouts[i].finish_reason == "length"
+        samples.append(sample.without_loss() if dropped or group.rewards[i].reason is not None else sample)
+    return samples

@@ -23,7 +23,7 @@ from megatron_rl.data.samples import Sample, from_example, weighed
 from megatron_rl.models.hf_config import load_shape
 from megatron_rl.parallel.collect import any_rank
 from megatron_rl.parallel.mesh import create_mesh, destroy_mesh, join_world
-from megatron_rl.trainers.grpo import policy_objective
+from megatron_rl.trainers.objectives import policy_objective
 from megatron_rl.workers.model_worker import ModelWorker
 from megatron_rl.workers.objective import NegativeLogLikelihood, Objective
 

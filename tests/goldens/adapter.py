@@ -52,44 +52,160 @@ def _only_neutral(params: Params, **neutral: Any) -> None:
 
 # Advantages
 
-
-def _grpo(rewards: np.ndarray, groups: np.ndarray, by_std: bool, eps: float, *, zero_singletons: bool) -> np.ndarray:
-    """Advantages [n] of the groups [n], refused where the reference's are not those that we want."""
-    names, ids = np.unique(groups, return_inverse=True)
-    for group in range(len(names)):
-        values = rewards[ids == group]
-        if len(values) == 1:
-            _unsupported(not zero_singletons and values[0] != 0, "a group of one has advantage 0, not its raw score")
-        elif by_std and (values == values[0]).all():
-            exact = np.arange(1, len(values) + 1) * np.longdouble(values[0])
-            leaks = bool((np.cumsum(values, dtype=values.dtype) != exact).any())
-            _unsupported(leaks, "equal rewards give exactly 0; a mean that is rounded, divided by eps, does not")
-    result = advantages.grpo(
-        torch.from_numpy(rewards), torch.from_numpy(ids.reshape(-1)), normalize_by_std=by_std, eps=eps
-    )
-    return result.numpy()
+# verl's names of the options of a division by the standard deviation.
+_VERL_SCALE = {"normalize_by_std": "norm_adv_by_std_in_grpo", "eps": "epsilon"}
 
 
-def _verl_grpo(inputs: Arrays, params: Params) -> Result:
-    scores = inputs["token_level_rewards"].sum(-1)
-    by_std, eps = params["norm_adv_by_std_in_grpo"], params["epsilon"]
-    spread = _grpo(scores, inputs["index"], by_std, eps, zero_singletons=False)[:, None] * inputs["response_mask"]
-    return {"out.advantages": spread, "out.returns": spread}
+def _refuse_raw_singletons(scores: np.ndarray, groups: np.ndarray) -> None:
+    """For references where the baseline of a group of one is 0."""
+    _, ids, counts = np.unique(groups, return_inverse=True, return_counts=True)
+    raw = bool((scores[counts[ids.reshape(-1)] == 1] != 0).any())
+    _unsupported(raw, "a group of one has advantage 0, not its raw score")
+
+
+def _refuse_leaks(rewards: np.ndarray, groups: np.ndarray) -> None:
+    """For references that divide by a standard deviation of equal rewards."""
+    for group in np.unique(groups):
+        values = rewards[groups == group]
+        exact = np.arange(1, len(values) + 1) * np.longdouble(values[0])
+        rounded = bool((np.cumsum(values, dtype=values.dtype) != exact).any())
+        leaks = rounded and bool((values == values[0]).all())
+        _unsupported(leaks, "equal rewards give exactly 0; a mean that is rounded, divided by eps, does not")
+
+
+def _refuse_equal(values: np.ndarray, scores: np.ndarray) -> None:
+    """For references that whiten values which are all equal, or none."""
+    equal = len(values) == 0 or bool((values == values[0]).all())
+    _unsupported(equal and scores.any(), "equal values whiten to exactly 0; what is rounded, divided by eps, does not")
+
+
+def _group_ids(groups: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.unique(groups, return_inverse=True)[1].reshape(-1))
+
+
+def _grpo(rewards: np.ndarray, groups: np.ndarray, by_std: bool, eps: float = 1e-6) -> np.ndarray:
+    if by_std:
+        _refuse_leaks(rewards, groups)
+    return advantages.grpo(torch.from_numpy(rewards), _group_ids(groups), normalize_by_std=by_std, eps=eps).numpy()
+
+
+def _verl_by_group(
+    estimate: Callable[..., Tensor], *, zero_singletons: bool = False, **names: str
+) -> Callable[[Arrays, Params], Result]:
+    """An estimator with one number per response; `names` says what verl calls its options."""
+
+    def run(inputs: Arrays, params: Params) -> Result:
+        _only_neutral(params, f_norm=1.0)
+        scores, groups = inputs["token_level_rewards"].sum(-1), inputs["index"]
+        if not zero_singletons:
+            _refuse_raw_singletons(scores, groups)
+        options = {ours: params[theirs] for ours, theirs in names.items() if theirs in params}
+        if names and options.get("normalize_by_std", True):
+            _refuse_leaks(scores, groups)
+        values = estimate(torch.from_numpy(scores), _group_ids(groups), **options).numpy()
+        spread = values[:, None] * inputs["response_mask"]
+        return {"out.advantages": spread, "out.returns": spread}
+
+    return run
+
+
+def _verl_opo(inputs: Arrays, params: Params) -> Result:
+    lengths, groups = inputs["response_mask"].sum(-1), inputs["index"]
+    idle = any(not lengths[groups == group].any() for group in np.unique(groups))
+    _unsupported(idle, "a group without tokens has no baseline, and is not 0 / 0")
+    return _verl_by_group(lambda rewards, ids: advantages.opo(rewards, ids, torch.from_numpy(lengths)))(inputs, params)
+
+
+def _verl_reinforce_plus_plus(inputs: Arrays, params: Params) -> Result:
+    mask = inputs["response_mask"] > 0
+    rewards, gamma = _flat(inputs["token_level_rewards"], mask), params["gamma"]
+    returns = advantages.returns_to_go(rewards, _ids(mask), gamma=gamma)
+    _refuse_equal(returns.numpy(), returns.numpy())
+    values = advantages.reinforce_plus_plus(rewards, _ids(mask), gamma=gamma)
+    return {"out.advantages": _onto(values, mask), "out.returns": _onto(returns, mask)}
+
+
+def _verl_reinforce_plus_plus_baseline(inputs: Arrays, params: Params) -> Result:
+    scores, groups, mask = inputs["token_level_rewards"].sum(-1), inputs["index"], inputs["response_mask"] > 0
+    _refuse_raw_singletons(scores, groups)
+    _refuse_equal(_grpo(scores, groups, by_std=False)[np.nonzero(mask)[0]], scores)
+    values = advantages.reinforce_plus_plus_baseline(torch.from_numpy(scores), _group_ids(groups), _ids(mask))
+    return {"out.advantages": _onto(values, mask), "out.returns": _onto(values, mask)}
+
+
+def _verl_gdpo(inputs: Arrays, params: Params) -> Result:
+    """Of one reward: that of GRPO, whitened."""
+    scores, groups, mask = inputs["token_level_rewards"].sum(-1), inputs["index"], inputs["response_mask"] > 0
+    _refuse_raw_singletons(scores, groups)
+    values = torch.from_numpy(_grpo(scores, groups, by_std=True))[_ids(mask)]
+    _refuse_equal(values.numpy(), scores)
+    whitened = _onto(advantages.whiten(values), mask)
+    return {"out.advantages": whitened, "out.returns": whitened}
+
+
+def _carried(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Where a row has a gap, what verl leaves there: the value of the next token, 0 after the last one."""
+    result = np.where(mask, values, 0)
+    for t in reversed(range(mask.shape[1] - 1)):
+        result[:, t] = np.where(mask[:, t], values[:, t], result[:, t + 1])
+    return result
+
+
+def _verl_remax(inputs: Arrays, params: Params) -> Result:
+    mask, baselines = inputs["response_mask"] > 0, torch.from_numpy(inputs["reward_baselines"])
+    rewards, ids = _flat(inputs["token_level_rewards"], mask), _ids(mask)
+    returns = _carried(_onto(advantages.returns_to_go(rewards, ids), mask), mask)
+    values = _onto(advantages.remax_to_go(rewards, ids, baselines), mask)
+    return {"out.advantages": np.where(mask, values, returns), "out.returns": returns}
+
+
+def _gae(rewards: np.ndarray, values: np.ndarray, mask: np.ndarray, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    return advantages.gae(_flat(rewards, mask), _flat(values, mask), _ids(mask), gamma=gamma, lam=lam)
+
+
+def _verl_gae(inputs: Arrays, params: Params) -> Result:
+    mask, values = inputs["response_mask"] > 0, inputs["values"]
+    raw, returns = _gae(inputs["token_level_rewards"], values, mask, params["gamma"], params["lam"])
+    result = {"out.returns": np.where(mask, _onto(returns, mask), _carried(_onto(raw, mask), mask) + values)}
+    _refuse_equal(raw.numpy(), raw.numpy())
+    # After the last token verl leaves a 0 that it has whitened.
+    if mask[:, -1].all():
+        result["out.advantages"] = _carried(_onto(advantages.whiten(raw), mask), mask)
+    return result
+
+
+def _slime_gae(inputs: Arrays, params: Params) -> Result:
+    shape = inputs["rewards"].shape
+    raw, returns = _gae(inputs["rewards"], inputs["values"], np.ones(shape, bool), params["gamma"], params["lambd"])
+    values = raw.numpy().reshape(shape)
+    return {
+        "out.advantages": values,
+        "out.chunked_advantages": values,
+        "out.returns": returns.numpy().reshape(shape),
+    }
+
+
+def _masked_whiten(inputs: Arrays, params: Params) -> Result:
+    mask, values = inputs["mask"] > 0, inputs["values"]
+    _unsupported(not mask.all(), "tokens that bear no loss are not whitened along")
+    _refuse_equal(values[mask], values)
+    return {"out.shift": _onto(advantages.whiten(_flat(values, mask)), mask)}
 
 
 def _cs336_group_normalized_rewards(inputs: Arrays, params: Params) -> Result:
     rewards = inputs["raw_rewards_in"]
     _unsupported(params["group_size"] == 1, "the standard deviation of one sample is not defined")
     groups = np.arange(len(rewards)) // params["group_size"]
-    by_std, eps = params["normalize_by_std"], params["advantage_eps"]
-    return {"out.normalized_rewards": _grpo(rewards, groups, by_std, eps, zero_singletons=True)}
+    return {"out.normalized_rewards": _grpo(rewards, groups, params["normalize_by_std"], params["advantage_eps"])}
 
 
 def _nemo_grpo_advantage(inputs: Arrays, params: Params) -> Result:
-    _only_neutral(params, use_leave_one_out_baseline=False)
-    _, groups = np.unique(inputs["prompt_ids"], axis=0, return_inverse=True)
-    by_std = params["normalize_rewards"]
-    return {"out.advantages": _grpo(inputs["rewards"], groups.reshape(-1), by_std, 1e-6, zero_singletons=True)}
+    rewards, by_std = inputs["rewards"], params["normalize_rewards"]
+    groups = np.unique(inputs["prompt_ids"], axis=0, return_inverse=True)[1].reshape(-1)
+    if params["use_leave_one_out_baseline"]:
+        _unsupported(by_std, "no standard deviation of the others, with use_leave_one_out_baseline")
+        return {"out.advantages": advantages.rloo(torch.from_numpy(rewards), _group_ids(groups)).numpy()}
+    return {"out.advantages": _grpo(rewards, groups, by_std)}
 
 
 # Reductions
@@ -936,9 +1052,14 @@ def _slime_logprob_entropy(inputs: Arrays, params: Params) -> Result:
 OPS: dict[str, Callable[[Arrays, Params], Result]] = {
     "agg_loss": _agg_loss,
     "agg_loss_sdpo_fork": _agg_loss_fork,
-    "compute_grpo_outcome_advantage": _verl_grpo,
-    "compute_grpo_vectorized_outcome_advantage": _verl_grpo,
+    "compute_gae_advantage_return": _verl_gae,
+    "compute_gdpo_outcome_advantage": _verl_gdpo,
+    "compute_gpg_outcome_advantage": _verl_by_group(advantages.gpg),
+    "compute_grpo_outcome_advantage": _verl_by_group(advantages.grpo, **_VERL_SCALE),
+    "compute_grpo_passk_outcome_advantage": _verl_by_group(advantages.pass_at_k, **_VERL_SCALE),
+    "compute_grpo_vectorized_outcome_advantage": _verl_by_group(advantages.grpo, **_VERL_SCALE),
     "compute_offpolicy_metrics": _verl_off_policy_metrics,
+    "compute_opo_outcome_advantage": _verl_opo,
     "compute_policy_loss_bypass_mode": _verl_bypass,
     "compute_policy_loss_cispo": _verl_policy_loss(policy_loss.cispo, **_VERL_BOUNDS),
     "compute_policy_loss_clip_cov": _depends_on_the_cut,
@@ -954,6 +1075,11 @@ OPS: dict[str, Callable[[Arrays, Params], Result]] = {
         policy_loss.sapo, "seq-mean-token-mean", temperature_positive="tau_pos", temperature_negative="tau_neg"
     ),
     "compute_policy_loss_vanilla": _verl_ppo_clip,
+    "compute_reinforce_plus_plus_baseline_outcome_advantage": _verl_reinforce_plus_plus_baseline,
+    "compute_reinforce_plus_plus_outcome_advantage": _verl_reinforce_plus_plus,
+    "compute_remax_outcome_advantage": _verl_remax,
+    "compute_rloo_outcome_advantage": _verl_by_group(advantages.rloo),
+    "compute_rloo_vectorized_outcome_advantage": _verl_by_group(advantages.rloo, zero_singletons=True),
     "compute_rollout_correction_weights": _verl_rollout_weights,
     "compute_rollout_rejection_mask": _verl_rejection_mask,
     "cs336_compute_entropy": _cs336_compute_entropy,
@@ -970,10 +1096,12 @@ OPS: dict[str, Callable[[Arrays, Params], Result]] = {
     "ema_token_axis_init_first": _ema_token_axis,
     "ema_token_axis_policy_loss": _ema_policy_loss(by_token=True),
     "entropy_from_logits": _entropy_from_logits,
+    "gae_dense": _slime_gae,
     "kl_penalty": _verl_kl_penalty,
     "kl_score_function": _nemo_kl_score_function,
     "liger_grpo_loss": _liger_grpo_loss,
     "logprobs_from_logits_naive": _logprobs_from_logits,
+    "masked_whiten": _masked_whiten,
     "nemo_clipped_pg": _nemo_clipped_pg,
     "nemo_grpo_advantage": _nemo_grpo_advantage,
     "slime_approx_kl": _slime_approx_kl,

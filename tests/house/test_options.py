@@ -61,4 +61,4 @@ def test_every_case_of_a_sweep_is_valid(path: Path) -> None:
     sweep = yaml.safe_load(path.read_text())
     assert len(sweep["cases"]) > 1 and sweep["seeds"]
     for overrides in sweep["cases"].values():
-        load_config(ROOT / sweep["config"], overrides)
+        load_config(ROOT / sweep["config"], [*sweep.get("options", []), *overrides])

@@ -89,7 +89,8 @@ def warm_start(place: Path) -> Path:
     assert said["memory"].startswith("weights, gradients and optimizer 0.002 GiB on this rank")
     assert done.stdout.splitlines()[-1].startswith("step 90/90  accuracy 0.")
     run = place / "runs" / "quickstart" / "sft"
-    assert steps(run)[1]["time"] - started < 25
+    # About 15 s on two cores that do nothing else.
+    assert steps(run)[1]["time"] - started < 75
     return run
 
 

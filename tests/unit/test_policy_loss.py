@@ -378,11 +378,11 @@ class TestDppo:
 
     def test_certain_tokens_have_a_distance(self) -> None:
         """Probabilities of one, or rounded above it, in single precision too."""
-        logp = torch.tensor([0.0, 1e-7, -20.0, 0.0], requires_grad=True)
-        old = torch.tensor([0.0, -1e-7, 0.0, -20.0])
-        terms = policy_loss.dppo_kl(logp, old, torch.tensor([1.0, 1.0, -1.0, 1.0]))
+        logp = torch.tensor([0.0, 1e-7, -20.0, 0.0, 1e-7], requires_grad=True)
+        old = torch.tensor([0.0, -1e-7, 0.0, -20.0, -20.0])
+        terms = policy_loss.dppo_kl(logp, old, torch.tensor([1.0, 1.0, -1.0, 1.0, 1.0]))
         assert terms.loss.isfinite().all()
-        assert terms.clipped.tolist() == [False, False, True, True]
+        assert terms.clipped.tolist() == [False, False, True, True, True]
 
 
 class TestDro:

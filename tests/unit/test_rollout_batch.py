@@ -57,7 +57,7 @@ def test_groups_that_teach_nothing_are_replaced(size: int, most: int, kept: list
 
 
 def test_truncated_responses_bear_no_loss_where_they_are_dropped() -> None:
-    from megatron_rl.trainers.grpo import to_samples
+    from megatron_rl.trainers.rollouts import to_samples
 
     groups = [group(0, 1, 0), group(1, 1, 0, finish="length")]
     assert [int(s.loss_mask.sum()) for s in to_samples(groups)] == [2, 2, 2, 2]

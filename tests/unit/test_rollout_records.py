@@ -38,7 +38,8 @@ SILENT = RolloutGroup(prompt=PROMPT, rollouts=(rollout(0, (1,)),) * 2, rewards=(
 
 
 def test_samples_keep_tokens_and_drop_the_unjudged() -> None:
-    from megatron_rl.trainers.grpo import group_advantages, reward_values, to_samples
+    from megatron_rl.trainers.rollouts import to_samples
+    from megatron_rl.trainers.shaping import group_advantages, reward_values
 
     groups = [GROUP, SILENT]
     values = group_advantages(groups, reward_values(groups), normalize_by_std=True)
@@ -55,7 +56,7 @@ def test_samples_keep_tokens_and_drop_the_unjudged() -> None:
 
 
 def test_distance_to_the_reference_counts_loss_tokens_only() -> None:
-    from megatron_rl.trainers.grpo import sample_kl
+    from megatron_rl.trainers.shaping import sample_kl
 
     sample = from_example(0, [5], [6, 7])
     near = sample.with_loss_field("old_log_probs", torch.tensor([-1.0, -2.0])).with_loss_field(

@@ -1,0 +1,72 @@
+"""The policies that an update compares: the engine's, the one it starts from, and the reference."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from megatron_rl.config.schema import GrpoConfig, KLPlace
+from megatron_rl.data.planner import StepPlan
+from megatron_rl.data.samples import Sample
+from megatron_rl.metrics.timing import Timer
+from megatron_rl.rollout.sync import check_parity, parity_gap
+from megatron_rl.trainers.correction import correct, is_corrected, with_rollout_log_probs
+from megatron_rl.types import RolloutGroup
+from megatron_rl.workers.model_worker import ModelWorker
+from megatron_rl.workers.sharded_model import ShardedModel
+
+
+class Policies:
+    """Log-probabilities of the rollouts under each policy that the config needs, and the probe that compares two."""
+
+    def __init__(
+        self, config: GrpoConfig, actor: ModelWorker, reference: ShardedModel | None, *, on_policy: bool
+    ) -> None:
+        self.config, self.actor, self.reference = config, actor, reference
+        correction = config.rollout_correction
+        self.needs_old = not correction.bypass and (
+            not on_policy or config.kl.where is KLPlace.reward or is_corrected(correction)
+        )
+        self.probed = False
+
+    def compare(
+        self, groups: Sequence[RolloutGroup], samples: list[Sample], step: int, timer: Timer
+    ) -> tuple[list[Sample], dict[str, float]]:
+        """Log-probabilities of the policies that the loss compares with, and the correction between them."""
+        config, temperature = self.config, self.config.rollout.temperature
+        metrics: dict[str, float] = {}
+        probe = self._is_probe(step)
+        if probe or self.needs_old:
+            with timer("old_log_prob"):
+                log_probs = self.actor.log_probs(samples, self._plan(samples), temperature)
+            samples = [sample.with_loss_field("old_log_probs", log_probs[sample.id]) for sample in samples]
+            if probe:
+                metrics |= self._check_parity(groups, log_probs)
+        if self.reference is not None:
+            with timer("ref"):
+                log_probs = self.reference.log_probs(samples, self._plan(samples), temperature)
+            samples = [sample.with_loss_field("ref_log_probs", log_probs[sample.id]) for sample in samples]
+        if is_corrected(config.rollout_correction):
+            samples = with_rollout_log_probs(samples, groups)
+            if config.rollout_correction.bypass:
+                samples = [sample.with_field("old_log_probs", sample.fields["rollout_log_probs"]) for sample in samples]
+            samples, figures = correct(samples, config.rollout_correction)
+            metrics |= figures
+        return samples, metrics
+
+    def _plan(self, samples: Sequence[Sample]) -> StepPlan:
+        return self.actor.plan(samples, self.config.train.max_tokens_per_micro_batch)
+
+    def _is_probe(self, step: int) -> bool:
+        """After the first weight update of this process, and every so many steps."""
+        every = self.config.rollout.parity_every
+        due = not self.probed or (every > 0 and step % every == 0)
+        self.probed = True
+        return due
+
+    def _check_parity(self, groups: Sequence[RolloutGroup], log_probs: dict[int, Tensor]) -> dict[str, float]:
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        largest, mean = parity_gap(rollouts, log_probs)
+        tolerance = self.config.rollout.parity_tolerance
+        assert tolerance is not None
+        check_parity(largest, mean, tolerance, self.actor.version)
+        return {"rollout/log_prob_gap_max": largest, "rollout/log_prob_gap_mean": mean}
