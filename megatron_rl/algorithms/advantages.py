@@ -1,9 +1,9 @@
 """Advantages of sampled responses and their tokens, in float64 and without gradient.
 
-What is about responses has tensors [n], `rewards` and `group_ids` (int64, the same for all answers to one prompt), and
-gives [n]. What is about tokens has flat tensors [N] over the tokens that bear loss, of the whole batch, and
-`sequence_ids` [N] int64: the tokens of a sequence lie together and in order, and a token without loss is absent, so that
-gaps are bridged. Where both occur, `sequence_ids` are positions in the tensors [n].
+What is about responses takes tensors [n], `rewards` and `group_ids` (int64, the same for all answers to one prompt),
+and gives [n]. What is about tokens takes flat tensors [N] over the tokens that bear loss, those of the whole batch, and
+`sequence_ids` [N] int64, and gives [N]. The tokens of a sequence lie together and in order; a token without loss is
+absent, so that gaps are bridged. Where both occur, `sequence_ids` are positions in the tensors [n].
 
 A NaN reward means that the response could not be judged: it is left out of all statistics, and its advantages are 0. In
 estimators that compare within a group, a group whose judged rewards are all equal, or that has only one, teaches

@@ -12,10 +12,21 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 from yaml import YAMLError
 
 from megatron_rl.config.rules import Config, ConfigError, check
-from megatron_rl.config.schema import SCHEMAS, Algorithm, DType, EmaAxis, EmaGradient, GrpoConfig, Loss, SftConfig
+from megatron_rl.config.schema import (
+    SCHEMAS,
+    Advantage,
+    Algorithm,
+    DType,
+    EmaAxis,
+    EmaGradient,
+    GrpoConfig,
+    Loss,
+    SftConfig,
+)
 
 # What a named algorithm is where the config leaves an option open: GRPO's values, and what each paper has otherwise.
 GRPO: dict[str, Any] = {
+    "advantage": Advantage.grpo,
     "loss": Loss.ppo_clip,
     "clip_low": 0.2,
     "clip_high": 0.2,
@@ -48,6 +59,14 @@ ALGORITHM_DEFAULTS: dict[Algorithm, dict[str, Any]] = {
     Algorithm.dppo_kl: WITHOUT_STD | {"loss": Loss.dppo_kl, "clip_low": 0.05, "clip_high": 0.05},
     # Richemond et al., 2024.
     Algorithm.dro: GRPO | {"loss": Loss.dro},
+    # Chu et al., 2025.
+    Algorithm.gpg: GRPO | {"advantage": Advantage.gpg, "loss": Loss.reinforce},
+    # Other comparisons under GRPO's clipped loss: Ahmadian et al., 2024; Hao et al., 2025; Li et al., 2023; Tang et
+    # al., 2025; Hu et al., 2025.
+    **{
+        Algorithm(name): GRPO | {"advantage": Advantage(name)}
+        for name in ("rloo", "opo", "remax", "pass_at_k", "reinforce_plus_plus", "reinforce_plus_plus_baseline")
+    },
 }
 
 

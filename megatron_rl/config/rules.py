@@ -1,6 +1,7 @@
 """Values and combinations that cannot be run."""
 
 from megatron_rl.config.schema import (
+    Advantage,
     CorrectionLevel,
     EmaAxis,
     GrpoConfig,
@@ -94,7 +95,7 @@ def _check_grpo(config: GrpoConfig) -> None:
         f"algorithm.aggregation={algorithm.aggregation!r} is not one of {', '.join(AGGREGATIONS)}",
     )
     _require(
-        config.rollout.group_size > 1,
+        config.rollout.group_size > 1 or algorithm.advantage in (Advantage.remax, Advantage.reinforce_plus_plus),
         f"rollout.group_size={config.rollout.group_size} must be at least 2: advantages compare answers to one prompt",
     )
     _require(
@@ -116,6 +117,9 @@ def _check_grpo(config: GrpoConfig) -> None:
         ema.axis is EmaAxis.none or algorithm.loss is Loss.ppo_clip,
         f"ema.axis={ema.axis.value} smooths the ratios of ppo_clip and does not go with algorithm.loss="
         f"{algorithm.loss.value if algorithm.loss else None}: use ema.axis=none or algorithm.loss=ppo_clip",
+    )
+    _require(
+        0 < algorithm.discount <= 1, f"algorithm.discount={algorithm.discount} must be in (0, 1]; 1 discounts nothing"
     )
     for key in ("temperature_positive", "temperature_negative", "max_ratio", "pull"):
         _require(getattr(algorithm, key) > 0, f"algorithm.{key}={getattr(algorithm, key)} must be greater than 0")

@@ -51,6 +51,26 @@ class Algorithm(StrEnum):
     dppo_tv = "dppo_tv"
     dppo_kl = "dppo_kl"
     dro = "dro"
+    rloo = "rloo"
+    opo = "opo"
+    gpg = "gpg"
+    remax = "remax"
+    pass_at_k = "pass_at_k"
+    reinforce_plus_plus = "reinforce_plus_plus"
+    reinforce_plus_plus_baseline = "reinforce_plus_plus_baseline"
+
+
+class Advantage(StrEnum):
+    """How rewards are compared; see algorithms/advantages.py."""
+
+    grpo = "grpo"
+    rloo = "rloo"
+    opo = "opo"
+    gpg = "gpg"
+    remax = "remax"
+    pass_at_k = "pass_at_k"
+    reinforce_plus_plus = "reinforce_plus_plus"
+    reinforce_plus_plus_baseline = "reinforce_plus_plus_baseline"
 
 
 class Loss(StrEnum):
@@ -223,6 +243,7 @@ class AlgorithmConfig:
     """`null` means: as the algorithm's paper has it."""
 
     name: Algorithm = Algorithm.grpo
+    advantage: Advantage | None = None
     loss: Loss | None = None
     clip_low: float | None = None
     clip_high: float | None = None
@@ -231,7 +252,8 @@ class AlgorithmConfig:
     temperature_negative: float = 1.05
     max_ratio: float = 20.0  # of dppo_tv and dppo_kl
     pull: float = 0.1  # of dro, back to the old policy; its paper's tau
-    normalize_by_std: bool | None = None
+    normalize_by_std: bool | None = None  # of grpo and pass_at_k
+    discount: float = 1.0  # of reinforce_plus_plus, per token
     aggregation: str | None = None  # how tokens are weighed, see the docs
     entropy_coeff: float = 0.0
     max_rollout_batches: int | None = None  # drawn per step at most, to replace groups that teach nothing; 1: no more

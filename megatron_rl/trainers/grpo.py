@@ -18,8 +18,8 @@ from megatron_rl.trainers.objectives import policy_objective, updates_per_step
 from megatron_rl.trainers.parts import Parts
 from megatron_rl.trainers.policies import Policies
 from megatron_rl.trainers.rollout_metrics import rollout_histograms, rollout_metrics
-from megatron_rl.trainers.rollouts import rollout_batch, to_samples
-from megatron_rl.trainers.shaping import group_advantages, shaped_rewards
+from megatron_rl.trainers.rollouts import greedy_rewards, rollout_batch, to_samples
+from megatron_rl.trainers.shaping import shaped_rewards, with_advantages
 from megatron_rl.workers.model_worker import ModelWorker
 from megatron_rl.workers.sharded_model import ShardedModel
 from megatron_rl.workers.smoothing import Record
@@ -40,12 +40,12 @@ class GrpoTrainer:
         with timer("sync"):
             push(actor.named_hf_weights, self.parts.engine, actor.version)
         groups, batch_figures = rollout_batch(config, self.parts, self.source, step, timer)
+        greedy = greedy_rewards(config, self.parts, groups, timer)
         samples = to_samples(groups, drop_truncated=bool(config.algorithm.drop_truncated))
         samples, policy_figures = self.policies.compare(groups, samples, step, timer)
         with timer("adv"):
             rewards, reward_figures = shaped_rewards(config, groups, samples)
-            values = group_advantages(groups, rewards, normalize_by_std=bool(config.algorithm.normalize_by_std))
-            samples = [sample.with_constant("advantages", value) for sample, value in zip(samples, values.tolist())]
+            samples, values = with_advantages(config.algorithm, groups, samples, rewards, greedy)
         with timer("update_actor"):
             update_figures, records = self._update(samples)
         histograms = rollout_histograms(groups, values)

@@ -1,8 +1,12 @@
 """The rollout batch of a step: answer, judge, and where groups teach nothing, ask again."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-from megatron_rl.config.schema import GrpoConfig
+import torch
+from torch import Tensor
+
+from megatron_rl.config.schema import Advantage, GrpoConfig
 from megatron_rl.data.samples import Sample, from_example
 from megatron_rl.data.sources import PromptSource
 from megatron_rl.metrics.timing import Timer
@@ -54,6 +58,19 @@ def rollout_batch(
         "rollout/batches": float(calls),
         "rollout/silent_groups": sum(map(is_silent, drawn)) / len(drawn),
     }
+
+
+def greedy_rewards(config: GrpoConfig, parts: Parts, groups: Sequence[RolloutGroup], timer: Timer) -> Tensor | None:
+    """ReMax's baselines [n] float64: the reward of each prompt's greedy answer, once per rollout. Collective."""
+    if config.algorithm.advantage is not Advantage.remax:
+        return None
+    once = replace(sampling(config, 0, 0), group_size=1, temperature=0.0)
+    with timer("gen"):
+        answers = parts.engine.generate([group.prompt for group in groups], once)
+    with timer("reward"):
+        answers = score(parts.pool, answers)
+    values = [answer.rewards[0].value for answer, group in zip(answers, groups) for _ in group.rewards]
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def sampling(config: GrpoConfig, step: int, number: int) -> Sampling:

@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_rl.algorithms import advantages
 from megatron_rl.algorithms.kl import kl
 from megatron_rl.algorithms.overlong import overlong_penalty
-from megatron_rl.config.schema import GrpoConfig, KLPlace
+from megatron_rl.config.schema import Advantage, AlgorithmConfig, GrpoConfig, KLPlace
 from megatron_rl.data.samples import Sample
 from megatron_rl.types import RolloutGroup
 
@@ -58,7 +58,46 @@ def sample_kl(samples: Sequence[Sample], estimator: str) -> list[Tensor]:
     return distances
 
 
-def group_advantages(groups: Sequence[RolloutGroup], rewards: Tensor, *, normalize_by_std: bool) -> Tensor:
-    """One advantage per rollout [n] float64, groups one after the other."""
-    group_ids = torch.tensor([i for i, group in enumerate(groups) for _ in group.rewards])
-    return advantages.grpo(rewards, group_ids, normalize_by_std=normalize_by_std)
+def with_advantages(
+    config: AlgorithmConfig,
+    groups: Sequence[RolloutGroup],
+    samples: Sequence[Sample],
+    rewards: Tensor,
+    greedy: Tensor | None,
+) -> tuple[list[Sample], Tensor]:
+    """The samples with the field `advantages`, and all of these [n] or [N] for the logs.
+
+    `rewards` [n] are one per rollout, groups one after the other; so are those of the `greedy` answers, for ReMax.
+    """
+    ids = torch.tensor([i for i, group in enumerate(groups) for _ in group.rewards])
+    lengths = torch.tensor([int(sample.loss_mask.sum()) for sample in samples])
+    match config.advantage:
+        case Advantage.reinforce_plus_plus | Advantage.reinforce_plus_plus_baseline:
+            values = _token_advantages(config, rewards, ids, lengths)
+            parts = values.split(lengths.tolist())
+            return [s.with_loss_field("advantages", part) for s, part in zip(samples, parts, strict=True)], values
+        case Advantage.grpo:
+            values = advantages.grpo(rewards, ids, normalize_by_std=bool(config.normalize_by_std))
+        case Advantage.pass_at_k:
+            values = advantages.pass_at_k(rewards, ids, normalize_by_std=bool(config.normalize_by_std))
+        case Advantage.rloo:
+            values = advantages.rloo(rewards, ids)
+        case Advantage.opo:
+            values = advantages.opo(rewards, ids, lengths)
+        case Advantage.gpg:
+            values = advantages.gpg(rewards, ids)
+        case _:
+            assert config.advantage is Advantage.remax and greedy is not None, config.advantage
+            values = advantages.remax(rewards, greedy)
+    return [s.with_constant("advantages", value) for s, value in zip(samples, values.tolist(), strict=True)], values
+
+
+def _token_advantages(config: AlgorithmConfig, rewards: Tensor, group_ids: Tensor, lengths: Tensor) -> Tensor:
+    """[N] over the loss-bearing tokens of all samples, whitened over all of them."""
+    sequence_ids = torch.arange(len(lengths)).repeat_interleave(lengths)
+    if config.advantage is Advantage.reinforce_plus_plus_baseline:
+        return advantages.reinforce_plus_plus_baseline(rewards, group_ids, sequence_ids)
+    token_rewards = torch.zeros(len(sequence_ids), dtype=torch.float64)
+    held = lengths > 0
+    token_rewards[lengths.cumsum(0)[held] - 1] = rewards[held]
+    return advantages.reinforce_plus_plus(token_rewards, sequence_ids, gamma=config.discount)

@@ -1,4 +1,4 @@
-"""Advantages and weights: hand-computed values, and degenerate inputs."""
+"""Weights of tokens: hand-computed values, and degenerate inputs."""
 
 import math
 
@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_rl.algorithms.advantages import grpo
 from megatron_rl.algorithms.reduction import token_weights
 
 NAN = math.nan
@@ -18,31 +17,6 @@ def vector(*values: float) -> Tensor:
 
 def assert_close(got: Tensor, *expected: float) -> None:
     torch.testing.assert_close(got, vector(*expected), rtol=1e-12, atol=1e-12)
-
-
-class TestAdvantages:
-    def test_by_hand(self) -> None:
-        """Groups interleave. {1, 2, 6}: mean 3, unbiased variance (4 + 1 + 9) / 2. {0, 1}: mean 1/2, std 1/sqrt(2)."""
-        rewards, groups = vector(1, 0, 2, 1, 6), torch.tensor([7, 3, 7, 3, 7])
-        assert_close(grpo(rewards, groups, normalize_by_std=False), -2, -0.5, -1, 0.5, 3)
-        wide, narrow = math.sqrt(7) + 1e-6, math.sqrt(0.5) + 1e-6
-        assert_close(grpo(rewards, groups), -2 / wide, -0.5 / narrow, -1 / wide, 0.5 / narrow, 3 / wide)
-
-    @pytest.mark.parametrize("value", [0.1, 0.3, 0.7, 1e9])
-    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-    def test_equal_rewards_give_exactly_zero(self, value: float, dtype: torch.dtype) -> None:
-        for size in (1, 2, 8, 16):
-            rewards = torch.full((size,), value, dtype=dtype)
-            assert torch.equal(grpo(rewards, torch.zeros(size, dtype=torch.int64)), torch.zeros(size).double())
-
-    def test_unjudged_samples_leave_the_statistics(self) -> None:
-        """Group 0 keeps {1, 3}; group 1 keeps one sample, group 2 none."""
-        rewards, groups = vector(1, NAN, 3, 5, NAN, NAN), torch.tensor([0, 0, 0, 1, 1, 2])
-        assert_close(grpo(rewards, groups, normalize_by_std=False), -1, 0, 1, 0, 0, 0)
-        assert_close(grpo(rewards, groups, eps=0), -math.sqrt(0.5), 0, math.sqrt(0.5), 0, 0, 0)
-
-    def test_nothing(self) -> None:
-        assert grpo(vector(), torch.empty(0, dtype=torch.int64)).shape == (0,)
 
 
 class TestReduction:

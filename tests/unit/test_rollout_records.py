@@ -38,14 +38,15 @@ SILENT = RolloutGroup(prompt=PROMPT, rollouts=(rollout(0, (1,)),) * 2, rewards=(
 
 
 def test_samples_keep_tokens_and_drop_the_unjudged() -> None:
+    from megatron_rl.config.schema import Advantage, AlgorithmConfig
     from megatron_rl.trainers.rollouts import to_samples
-    from megatron_rl.trainers.shaping import group_advantages, reward_values
+    from megatron_rl.trainers.shaping import reward_values, with_advantages
 
     groups = [GROUP, SILENT]
-    values = group_advantages(groups, reward_values(groups), normalize_by_std=True)
+    algorithm = AlgorithmConfig(advantage=Advantage.grpo, normalize_by_std=True)
+    samples, values = with_advantages(algorithm, groups, to_samples(groups), reward_values(groups), None)
     # 1.0, 0.2 and 0.6 have mean 0.6 and unbiased deviation 0.4.
     assert values.tolist() == pytest.approx([1, -1, 0, 0, 0, 0], abs=1e-5)
-    samples = [s.with_constant("advantages", v) for s, v in zip(to_samples(groups), values.tolist())]
     assert [sample.id for sample in samples] == [0, 1, 2, 3, 4, 5]
     assert samples[0].token_ids.tolist() == [7, 8, 9, 1, 2]
     assert samples[0].fields["advantages"].tolist() == pytest.approx([1.0, 1.0], abs=1e-5)
@@ -118,3 +119,38 @@ def test_parity_gap_counts_the_truncated_mass() -> None:
     largest, mean = parity_gap(GROUP.rollouts[:2], trained)
     assert largest == pytest.approx(0.25) and mean == pytest.approx(0.25 / 3)
     assert parity_gap([], {}) == (0.0, 0.0)
+
+
+def test_every_comparison_reaches_the_tokens() -> None:
+    """Rewards 1.0, 0.2, nan, 0.6 and twice 0.3; greedy answers 0.5 and 0.3; tokens 2, 1, (4), 1, 1, 1."""
+    from megatron_rl.config.schema import Advantage, AlgorithmConfig
+    from megatron_rl.trainers.rollouts import to_samples
+    from megatron_rl.trainers.shaping import reward_values, with_advantages
+
+    groups = [GROUP, SILENT]
+    greedy = torch.tensor([0.5] * 4 + [0.3] * 2, dtype=torch.float64)
+
+    def first_tokens(advantage: Advantage, **options: float) -> list[float]:
+        algorithm = AlgorithmConfig(advantage=advantage, normalize_by_std=False, **options)  # type: ignore[arg-type]
+        samples, _ = with_advantages(algorithm, groups, to_samples(groups), reward_values(groups), greedy)
+        return [float(sample.fields["advantages"][0]) for sample in samples]
+
+    assert first_tokens(Advantage.grpo) == pytest.approx([0.4, -0.4, 0, 0, 0, 0])
+    assert first_tokens(Advantage.rloo) == pytest.approx([0.6, -0.6, 0, 0, 0, 0])
+    # Lengths 2, 1 and 1 weigh the baseline: (2 + 0.2 + 0.6) / 4.
+    assert first_tokens(Advantage.opo) == pytest.approx([0.3, -0.5, 0, -0.1, 0, 0])
+    assert first_tokens(Advantage.remax) == pytest.approx([0.5, -0.3, 0, 0.1, 0, 0])
+    assert first_tokens(Advantage.pass_at_k) == pytest.approx([0.4, 0, 0, 0, 0, 0])
+    assert first_tokens(Advantage.gpg) == pytest.approx([0.4, -0.4, 0, 0, 0, 0])
+    # Returns 1, 1, 0.2, 0.6, 0.3, 0.3 of six tokens, whitened; with a discount the first token's is half.
+    returns = torch.tensor([1, 1, 0.2, 0.6, 0.3, 0.3], dtype=torch.float64)
+    white = ((returns - returns.mean()) / returns.std()).tolist()
+    assert first_tokens(Advantage.reinforce_plus_plus) == pytest.approx([white[0], white[2], 0, *white[3:]], abs=1e-6)
+    returns[0] = 0.5
+    white = ((returns - returns.mean()) / returns.std()).tolist()
+    discounted = first_tokens(Advantage.reinforce_plus_plus, discount=0.5)
+    assert discounted == pytest.approx([white[0], white[2], 0, *white[3:]], abs=1e-6)
+    centred = torch.tensor([0.4, 0.4, -0.4, 0, 0, 0], dtype=torch.float64)
+    white = ((centred - centred.mean()) / centred.std()).tolist()
+    found = first_tokens(Advantage.reinforce_plus_plus_baseline)
+    assert found == pytest.approx([white[0], white[2], 0, *white[3:]], abs=1e-6)
