@@ -52,9 +52,6 @@ def _only_neutral(params: Params, **neutral: Any) -> None:
 
 # Advantages
 
-# verl's names of the options of a division by the standard deviation.
-_VERL_SCALE = {"normalize_by_std": "norm_adv_by_std_in_grpo", "eps": "epsilon"}
-
 
 def _refuse_raw_singletons(scores: np.ndarray, groups: np.ndarray) -> None:
     """For references where the baseline of a group of one is 0."""
@@ -76,7 +73,9 @@ def _refuse_leaks(rewards: np.ndarray, groups: np.ndarray) -> None:
 def _refuse_equal(values: np.ndarray, scores: np.ndarray) -> None:
     """For references that whiten values which are all equal, or none."""
     equal = len(values) == 0 or bool((values == values[0]).all())
-    _unsupported(equal and scores.any(), "equal values whiten to exactly 0; what is rounded, divided by eps, does not")
+    _unsupported(
+        equal and bool(scores.any()), "equal values whiten to exactly 0; what is rounded, divided by eps, does not"
+    )
 
 
 def _group_ids(groups: np.ndarray) -> Tensor:
@@ -90,18 +89,21 @@ def _grpo(rewards: np.ndarray, groups: np.ndarray, by_std: bool, eps: float = 1e
 
 
 def _verl_by_group(
-    estimate: Callable[..., Tensor], *, zero_singletons: bool = False, **names: str
+    estimate: Callable[..., Tensor], *, scaled: bool = False, zero_singletons: bool = False
 ) -> Callable[[Arrays, Params], Result]:
-    """An estimator with one number per response; `names` says what verl calls its options."""
+    """An estimator with one number per response, which may divide by the standard deviation (`scaled`)."""
 
     def run(inputs: Arrays, params: Params) -> Result:
         _only_neutral(params, f_norm=1.0)
         scores, groups = inputs["token_level_rewards"].sum(-1), inputs["index"]
         if not zero_singletons:
             _refuse_raw_singletons(scores, groups)
-        options = {ours: params[theirs] for ours, theirs in names.items() if theirs in params}
-        if names and options.get("normalize_by_std", True):
-            _refuse_leaks(scores, groups)
+        options: Params = {}
+        if scaled:
+            by_std = params.get("norm_adv_by_std_in_grpo", True)
+            options = {"normalize_by_std": by_std, "eps": params.get("epsilon", 1e-6)}
+            if by_std:
+                _refuse_leaks(scores, groups)
         values = estimate(torch.from_numpy(scores), _group_ids(groups), **options).numpy()
         spread = values[:, None] * inputs["response_mask"]
         return {"out.advantages": spread, "out.returns": spread}
@@ -167,9 +169,9 @@ def _verl_gae(inputs: Arrays, params: Params) -> Result:
     mask, values = inputs["response_mask"] > 0, inputs["values"]
     raw, returns = _gae(inputs["token_level_rewards"], values, mask, params["gamma"], params["lam"])
     result = {"out.returns": np.where(mask, _onto(returns, mask), _carried(_onto(raw, mask), mask) + values)}
-    _refuse_equal(raw.numpy(), raw.numpy())
     # After the last token verl leaves a 0 that it has whitened.
     if mask[:, -1].all():
+        _refuse_equal(raw.numpy(), raw.numpy())
         result["out.advantages"] = _carried(_onto(advantages.whiten(raw), mask), mask)
     return result
 
@@ -1055,9 +1057,9 @@ OPS: dict[str, Callable[[Arrays, Params], Result]] = {
     "compute_gae_advantage_return": _verl_gae,
     "compute_gdpo_outcome_advantage": _verl_gdpo,
     "compute_gpg_outcome_advantage": _verl_by_group(advantages.gpg),
-    "compute_grpo_outcome_advantage": _verl_by_group(advantages.grpo, **_VERL_SCALE),
-    "compute_grpo_passk_outcome_advantage": _verl_by_group(advantages.pass_at_k, **_VERL_SCALE),
-    "compute_grpo_vectorized_outcome_advantage": _verl_by_group(advantages.grpo, **_VERL_SCALE),
+    "compute_grpo_outcome_advantage": _verl_by_group(advantages.grpo, scaled=True),
+    "compute_grpo_passk_outcome_advantage": _verl_by_group(advantages.pass_at_k, scaled=True),
+    "compute_grpo_vectorized_outcome_advantage": _verl_by_group(advantages.grpo, scaled=True),
     "compute_offpolicy_metrics": _verl_off_policy_metrics,
     "compute_opo_outcome_advantage": _verl_opo,
     "compute_policy_loss_bypass_mode": _verl_bypass,

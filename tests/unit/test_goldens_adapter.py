@@ -49,11 +49,105 @@ class TestAdvantages:
             self.run([0.3] * 8, "a" * 8, np.float32)
         assert_close(self.run([0.3] * 8, "a" * 8, np.float32, by_std=False)["out.advantages"], np.zeros((8, 2)))
 
-    def test_leave_one_out_is_another_baseline(self) -> None:
-        inputs = {"prompt_ids": np.array([[1], [1]]), "rewards": np.array([0.0, 1.0])}
+    def test_leave_one_out_has_no_deviation(self) -> None:
+        inputs = {"prompt_ids": np.array([[1], [1], [2]]), "rewards": np.array([0.0, 1.0, 3.0])}
         params = {"use_leave_one_out_baseline": False, "normalize_rewards": False}
-        assert_close(OPS["nemo_grpo_advantage"](inputs, params)["out.advantages"], [-0.5, 0.5])
-        refused("nemo_grpo_advantage", inputs, params | {"use_leave_one_out_baseline": True}, "leave_one_out")
+        assert_close(OPS["nemo_grpo_advantage"](inputs, params)["out.advantages"], [-0.5, 0.5, 0])
+        others = params | {"use_leave_one_out_baseline": True}
+        assert_close(OPS["nemo_grpo_advantage"](inputs, others)["out.advantages"], [-1, 1, 0])
+        refused("nemo_grpo_advantage", inputs, others | {"normalize_rewards": True}, "leave_one_out")
+
+
+class TestOtherAdvantages:
+    """Scores of 3, 5; 1, 0 in two groups. The third row's reward is outside its mask, the last row has no token."""
+
+    MASK = np.array([[1.0, 0.0, 1.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    REWARDS = np.array([[1.0, 0.0, 2.0], [0.0, 5.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
+
+    def inputs(self, rewards: np.ndarray = REWARDS, mask: np.ndarray = MASK, groups: str = "aabb") -> Arrays:
+        return {"token_level_rewards": rewards, "response_mask": mask, "index": np.array(list(groups))}
+
+    @pytest.mark.parametrize(
+        ("operation", "params", "values"),
+        [
+            ("rloo", {}, [-2, 2, 1, -1]),
+            ("rloo_vectorized", {}, [-2, 2, 1, -1]),
+            ("opo", {}, [-1, 1, 0, -1]),
+            ("gpg", {"f_norm": 1.0}, [-4 / 3, 4 / 3, 2 / 3, -2 / 3]),
+            ("grpo_passk", {"norm_adv_by_std_in_grpo": False}, [0, 2, 1, 0]),
+        ],
+    )
+    def test_by_group(self, operation: str, params: Params, values: list[float]) -> None:
+        name = f"compute_{operation}_outcome_advantage"
+        result = OPS[name](self.inputs(), params)
+        assert_close(result["out.advantages"], np.array(values)[:, None] * self.MASK)
+        if operation != "rloo_vectorized":
+            refused(name, self.inputs(groups="abbb"), params, "group of one")
+
+    def test_group_refusals(self) -> None:
+        assert not OPS["compute_rloo_vectorized_outcome_advantage"](self.inputs(groups="abcd"), {})[
+            "out.advantages"
+        ].any()
+        refused("compute_gpg_outcome_advantage", self.inputs(), {"f_norm": 2.0}, "f_norm")
+        empty = self.inputs(mask=self.MASK * [[1], [1], [0], [0]])
+        refused("compute_opo_outcome_advantage", empty, {}, "without tokens")
+        equal = self.inputs(np.full((8, 1), 0.3, np.float32), np.ones((8, 1)), "a" * 8)
+        refused("compute_grpo_passk_outcome_advantage", equal, {}, "equal rewards")
+
+    def test_whitened(self) -> None:
+        """Values and counts; the counts of verl are larger by 1e-8."""
+        cases: list[tuple[str, Params, np.ndarray]] = [
+            ("reinforce_plus_plus", {"gamma": 0.5}, np.array([[2, 0, 2], [2.5, 5, 0], [0, 0, 0], [0, 0, 0]])),
+            ("reinforce_plus_plus_baseline", {}, np.array([[-1], [1], [0.5], [-0.5]]) * self.MASK),
+            ("gdpo", {}, np.array([[-1], [1], [1], [-1]]) * math.sqrt(0.5) * self.MASK),
+        ]
+        for operation, params, raw in cases:
+            kept = raw[self.MASK > 0]
+            expected = (raw - kept.mean()) / kept.std(ddof=1) * self.MASK
+            result = OPS[f"compute_{operation}_outcome_advantage"](self.inputs(), params)
+            np.testing.assert_allclose(result["out.advantages"], expected, rtol=1e-5, atol=1e-5)
+            if operation == "reinforce_plus_plus":
+                assert_close(result["out.returns"], raw)
+
+    def test_whitened_refusals(self) -> None:
+        for name in ("reinforce_plus_plus_baseline", "gdpo"):
+            refused(f"compute_{name}_outcome_advantage", self.inputs(groups="abcc"), {}, "group of one")
+        equal = np.array([[0.0, 0.0, 3.0], [0.0, 3.0, 0.0], [3.0, 0.0, 0.0], [0.0, 0.0, 3.0]])
+        name = "compute_reinforce_plus_plus_outcome_advantage"
+        refused(name, self.inputs(equal), {"gamma": 1.0}, "equal values")
+        refused("compute_reinforce_plus_plus_baseline_outcome_advantage", self.inputs(equal), {}, "equal values")
+        values = np.ones((2, 2))
+        refused("masked_whiten", {"values": values, "mask": values * [1, 0]}, {}, "bear no loss")
+        refused("masked_whiten", {"values": values, "mask": values}, {}, "equal values")
+        result = OPS["masked_whiten"]({"values": values * [1, 2], "mask": values}, {})
+        np.testing.assert_allclose(result["out.shift"], values * [-1, 1] * math.sqrt(3 / 4), rtol=1e-6)
+
+    def test_remax_leaves_the_next_return_in_a_gap(self) -> None:
+        inputs = self.inputs() | {"reward_baselines": np.array([0.5, 0.5, 0.5, 0.5])}
+        result = OPS["compute_remax_outcome_advantage"](inputs, {})
+        assert_close(result["out.returns"], [[3, 2, 2], [5, 5, 0], [0, 0, 0], [0, 0, 0]])
+        assert_close(result["out.advantages"], [[2.5, 2, 1.5], [4.5, 4.5, 0], [-0.5, 0, 0], [0, 0, 0]])
+
+    def test_gae(self) -> None:
+        """With gamma = lambda = 1 the advantages are 3 - 0.25, 2 - 0.75 and 5 - 0.25, 5 - 0.5."""
+        values = np.array([[0.25, 0.5, 0.75], [0.25, 0.5, 0.75]])
+        inputs = {"token_level_rewards": self.REWARDS[:2], "values": values, "response_mask": self.MASK[:2]}
+        params = {"gamma": 1.0, "lam": 1.0}
+        result = OPS["compute_gae_advantage_return"](inputs, params)
+        assert_close(result["out.returns"], [[3, 1.75, 2], [5, 5, 0.75]])
+        assert "out.advantages" not in result
+        inputs["response_mask"] = np.array([[1.0, 0.0, 1.0], [0.0, 1.0, 1.0]])
+        raw = np.array([[2.75, 1.25, 1.25], [4.5, 4.5, -0.75]])
+        kept = raw[inputs["response_mask"] > 0]
+        result = OPS["compute_gae_advantage_return"](inputs, params)
+        np.testing.assert_allclose(result["out.advantages"], (raw - kept.mean()) / kept.std(ddof=1), rtol=1e-6)
+
+    def test_gae_of_whole_rows(self) -> None:
+        inputs = {"rewards": np.array([[0.0, 1.0]]), "values": np.array([[0.5, 0.25]])}
+        result = OPS["gae_dense"](inputs, {"gamma": 0.5, "lambd": 0.5})
+        assert_close(result["out.advantages"], [[-0.375 + 0.25 * 0.75, 0.75]])
+        assert_close(result["out.chunked_advantages"], result["out.advantages"])
+        assert_close(result["out.returns"], [[0.3125, 1]])
 
 
 class TestReductions:
