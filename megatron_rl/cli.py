@@ -60,6 +60,8 @@ def look(loaded: Loaded, verb: str) -> None:
     from megatron_rl.trainers.preflight import describe, preflight
 
     findings = preflight(loaded.config)
+    for warning in findings.warnings:
+        print(f"megatron-rl: warning: {warning}", file=sys.stderr)
     if verb == "eval" and not findings.held_out_rows:
         raise ConfigError("eval needs held-out problems: set data.val")
     if verb == "check":

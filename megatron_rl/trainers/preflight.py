@@ -13,7 +13,7 @@ from megatron_rl.checkpoint.hf import SafetensorsReader
 from megatron_rl.checkpoint.store import check_model, find_checkpoint
 from megatron_rl.config.load import Loaded
 from megatron_rl.config.rules import Config
-from megatron_rl.config.schema import PRETRAINED, RANDOM, SftConfig
+from megatron_rl.config.schema import PRETRAINED, RANDOM, EmaAxis, SftConfig
 from megatron_rl.data.chat import encode_response
 from megatron_rl.data.planner import plan_step
 from megatron_rl.data.tokenizer import load_tokenizer
@@ -33,6 +33,7 @@ class Findings:
     train_rows: int
     held_out_rows: int
     step_lengths: list[int]
+    warnings: list[str]
 
 
 def preflight(config: Config) -> Findings:
@@ -57,7 +58,21 @@ def preflight(config: Config) -> Findings:
         train_rows=rows,
         held_out_rows=len(held_out) if held_out is not None else 0,
         step_lengths=lengths,
+        warnings=_warnings(config),
     )
+
+
+def _warnings(config: Config) -> list[str]:
+    """What can be run, and is likely to disappoint."""
+    found = []
+    if not isinstance(config, SftConfig):
+        if config.ema.axis is not EmaAxis.none and config.ema.beta < 0.5:
+            found.append(
+                f"ema.beta={config.ema.beta} is below 0.5: weights are mostly history, and the gradient biased"
+            )
+        if config.ema.axis is EmaAxis.step and config.train.epochs_per_step == 1:
+            found.append("ema.axis=step averages over visits to a sample, and train.epochs_per_step=1 visits it once")
+    return found
 
 
 def _check_weights(config: Config, shape: ModelShape) -> None:

@@ -56,6 +56,14 @@ def test_check_shows_what_it_found(folder: Path, capsys: pytest.CaptureFixture) 
     assert not (folder / "run").exists()
 
 
+def test_what_will_disappoint_is_said(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["check", "config.yaml", "ema.axis=step", "ema.beta=0.3"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" ")[2] for line in lines] == ["ema.beta=0.3", "ema.axis=step"]
+    assert main(["check", "config.yaml", "ema.axis=token"]) == 0
+    assert capsys.readouterr().err == ""
+
+
 def edit_config(folder: Path, **changes: object) -> None:
     path = folder / "model" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))

@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_rl.algorithms.reduction import token_weights
+from megatron_rl.algorithms.reduction import MODES, token_weights
 
 NAN = math.nan
 
@@ -59,3 +61,19 @@ class TestReduction:
         for horizon in (None, 0):
             with pytest.raises(ValueError, match=f"horizon, which is {horizon}"):
                 token_weights(self.MASKS, "seq-mean-token-sum-norm", horizon=horizon)
+
+    @given(
+        lengths=st.lists(st.integers(0, 5), min_size=1, max_size=6),
+        mode=st.sampled_from(MODES),
+        seed=st.integers(0, 2**31),
+    )
+    def test_a_batch_that_is_repeated_has_the_same_loss(self, lengths: list[int], mode: str, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        masks = [torch.rand(length, generator=generator) > 0.3 for length in lengths]
+        values = [torch.randn(length, generator=generator, dtype=torch.float64) for length in lengths]
+
+        def loss(times: int) -> float:
+            weights = token_weights(masks * times, mode, horizon=7)
+            return float(sum((w * v).sum() for w, v in zip(weights, values * times, strict=True)))
+
+        assert loss(3) == pytest.approx(loss(1), rel=1e-12, abs=1e-12)
