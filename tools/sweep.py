@@ -4,7 +4,7 @@
 
 A sweep names a config, `a.b=c` overrides for all cases and for each, and seeds. Every run that ends appends its steps
 to `curves.csv` in the sweep's folder of results; a run that is there already is not run again, so that an interrupted
-sweep goes on where it stopped. `curves.png` beside it is drawn anew each time.
+sweep goes on where it stopped. `summary.md` and `curves.png` beside it are made anew each time.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from megatron_rl.report.comparison import FIELDS, plot_comparison
+from megatron_rl.report.comparison import FIELDS, plot_comparison, summary
 from megatron_rl.report.curves import ACCURACY, REWARD
 
 
@@ -70,6 +70,7 @@ def run_sweep(path: Path) -> None:
             print(f"\n== {path.stem}: {case}, seed {seed}", flush=True)
             options = [*sweep.get("options", []), *overrides, f"train.seed={seed}"]
             append(table, case, seed, run(Path(sweep["config"]), options, run_directory(sweep, case, seed)))
+    (results / "summary.md").write_text(summary(table))
     plot_comparison(table, results / "curves.png", title=sweep["title"])
     print(f"\n{table}\n{results / 'curves.png'}")
 

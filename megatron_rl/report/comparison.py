@@ -27,6 +27,25 @@ def read_curves(table: Path, figure: str) -> Curves:
     return curves
 
 
+def summary(table: Path, *, target: float = 0.95) -> str:
+    """A Markdown table, a line per case: held-out accuracy at the end, and the first evaluation at the target."""
+    rewards = read_curves(table, "reward")
+    lines = [
+        f"| case | seeds | steps to {target:.0%} | final accuracy, mean (lowest to highest) | final reward |",
+        "|---|---|---|---|---|",
+    ]
+    for case, curve in read_curves(table, "accuracy").items():
+        last = max(curve)
+        seeds = range(len(curve[last]))
+        first = [next((step for step in sorted(curve) if curve[step][seed] >= target), None) for seed in seeds]
+        reached = [step for step in first if step is not None]
+        steps = f"{fmean(reached):.0f}" if len(reached) == len(first) else f"{len(reached)} of {len(first)} seeds"
+        spread = f"{fmean(curve[last]):.1%} ({min(curve[last]):.1%} to {max(curve[last]):.1%})"
+        reward = fmean(rewards[case][max(rewards[case])])
+        lines.append(f"| {case} | {len(seeds)} | {steps} | {spread} | {reward:.3f} |")
+    return "\n".join(lines) + "\n"
+
+
 def plot_comparison(table: Path, out_png: Path, *, title: str) -> None:
     """Training reward and held-out accuracy side by side: per case the mean over seeds, and the range of the seeds."""
     figure = Figure(figsize=(10.5, 4.2), layout="constrained")

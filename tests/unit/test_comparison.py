@@ -6,7 +6,7 @@ import matplotlib.figure
 import numpy as np
 import pytest
 
-from megatron_rl.report.comparison import FIELDS, plot_comparison, read_curves
+from megatron_rl.report.comparison import FIELDS, plot_comparison, read_curves, summary
 
 TABLE = """case,seed,step,reward,accuracy,seconds,date
 b,1,0,,0.25,0.0,2026-01-02
@@ -30,6 +30,12 @@ def test_cases_stay_in_order_and_seeds_together(table: Path) -> None:
     curves = read_curves(table, "accuracy")
     assert list(curves) == ["b", "a"] and dict(read_curves(table, "reward")["b"]) == {10: [0.4, 0.8]}
     assert dict(curves["b"]) == {0: [0.25, 0.25], 10: [0.5, 1.0]}
+
+
+def test_summary_by_hand(table: Path) -> None:
+    lines = summary(table, target=0.75).splitlines()
+    assert lines[2] == "| b | 2 | 1 of 2 seeds | 75.0% (50.0% to 100.0%) | 0.600 |"
+    assert lines[3] == "| a | 1 | 10 | 75.0% (75.0% to 75.0%) | 0.600 |"
 
 
 def test_line_is_the_mean_and_band_the_range(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
