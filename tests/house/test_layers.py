@@ -32,6 +32,8 @@ DOORS = {
     "transformer_engine": ("models.layer_specs",),
     "vllm": ("rollout.vllm_engine",),
     "triton": ("ops.triton",),
+    # No loss, planner or reward knows of ranks; the vocabulary operator does, for its columns are sharded.
+    "torch.distributed": ("ops", "parallel", "models", "checkpoint", "workers", "rollout", "trainers", "launch"),
 }
 # On the ground floor torch comes late or not at all.
 LAZY_TORCH = "metrics.backends"
@@ -150,6 +152,8 @@ PLANTED = [
     ("models.attention", "import transformer_engine.pytorch as te", "open to models.layer_specs only"),
     ("rollout.engine", "def f() -> None:\n    from vllm import LLM", "open to rollout.vllm_engine only"),
     ("ops.dispatch", "import triton.language as tl", "open to ops.triton only"),
+    ("algorithms.kl", "import torch.distributed as dist", "algorithms.kl imports torch.distributed"),
+    ("data.planner", "from torch import distributed", "data.planner imports torch.distributed"),
     # Torch on the ground floor.
     ("types", "from torch import Tensor", "types imports torch on the ground floor"),
     ("metrics.backends", "import torch", "metrics.backends imports torch on the ground floor"),
