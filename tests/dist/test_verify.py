@@ -24,9 +24,11 @@ CASES = {
     "ema": (
         "grpo",
         "llama",
-        ["ema.axis=token", "ema.beta=0.6", "kl.where=loss", "kl.gradient=is_ratio", "rollout_correction.level=token"],
+        [
+            *("ema.axis=token", "ema.beta=0.6", "kl.where=loss", "kl.gradient=is_ratio"),
+            *("rollout_correction.level=token", "rollout_correction.opsm_delta=0.01"),
+        ],
     ),
-    "gmpo": ("grpo", "llama", ["algorithm.name=gmpo", "rollout_correction.opsm_delta=0.01"]),
     "gspo": ("grpo", "qwen3", ["algorithm.name=gspo", "algorithm.clip_high=0.3", "algorithm.clip_low=0.3"]),
 }
 

@@ -201,7 +201,7 @@ def test_layouts_take_the_same_steps(pool: Pool, place: Path, warm_start: Path, 
             assert row["actor/entropy"] == pytest.approx(expected["actor/entropy"], rel=1e-4)
             smoothed = {name: value for name, value in expected.items() if name.startswith("ema/")}
             # Ratios and small differences of variances magnify rounding.
-            assert len(smoothed) == 25
+            assert len(smoothed) == 26
             for name, value in smoothed.items():
                 assert row[name] == pytest.approx(value, rel=2e-2, abs=1e-5), name
 
