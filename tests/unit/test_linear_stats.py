@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_rl.ops import linear_stats as operator
-from megatron_rl.ops import reference
+from megatron_rl.ops import logit_stream, reference
 from megatron_rl.ops.linear_stats import linear_stats
 from megatron_rl.ops.vocab_shard import VocabShard
 
@@ -29,7 +28,7 @@ def inputs(dtype: torch.dtype = torch.float64, n: int = N, h: int = H, v: int = 
 
 
 def with_grads(outputs: Any, hidden: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> list[Tensor]:
-    logp, entropy = outputs
+    logp, entropy = outputs[:2]
     grads = torch.autograd.grad((a * logp).sum() + (b * entropy).sum(), (hidden, weight))
     return [logp.detach(), entropy.detach(), *grads]
 
@@ -75,7 +74,7 @@ def test_gradcheck() -> None:
     hidden, weight, labels, _, _ = inputs(n=4, h=3, v=11)
 
     def outputs(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        return linear_stats(hidden, weight, labels, shard=VocabShard(0, 11), temperature=0.8, entropy=True, chunk=4)
+        return linear_stats(hidden, weight, labels, shard=VocabShard(0, 11), temperature=0.8, entropy=True, chunk=4)[:2]
 
     assert torch.autograd.gradcheck(outputs, (hidden, weight))
 
@@ -126,7 +125,7 @@ def test_minus_infinity_is_not_nan() -> None:
     labels = torch.tensor([0, 1, 2, 4, 5])
     for chunk in (1, 3, 8):
         stats = linear_stats(hidden, weight, labels, shard=VocabShard(0, 8), entropy=True, chunk=chunk)
-        assert worst(list(stats), list(reference.linear_stats(hidden, weight, labels))) < 1e-12
+        assert worst(list(stats[:2]), list(reference.linear_stats(hidden, weight, labels))) < 1e-12
         _, _, _, grad_weight = with_grads(stats, hidden, weight, a, b)
         assert grad_weight.isfinite().all() and not grad_weight[3].any()
     on_it = linear_stats(hidden, weight, torch.full_like(labels, 3), shard=VocabShard(0, 8))
@@ -219,13 +218,15 @@ class Largest(TorchDispatchMode):
 def test_no_more_than_a_chunk_of_logits_exists(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Above the size that is kept."""
     n, h, chunk = 512, 4, 64
-    monkeypatch.setattr(operator, "KEPT_BYTES", 0)
+    monkeypatch.setattr(logit_stream, "KEPT_BYTES", 0)
     hidden, weight, labels, _, _ = inputs(dtype, n=n, h=h)
     with Largest() as dense:
         sum(reference.linear_stats(hidden, weight, labels)).sum().backward()
     assert dense.numel == n * V  # the watcher sees forward and backward
     with Largest() as ours:
-        sum(linear_stats(hidden, weight, labels, shard=VocabShard(0, V), entropy=True, chunk=chunk)).sum().backward()
+        sum(
+            linear_stats(hidden, weight, labels, shard=VocabShard(0, V), entropy=True, chunk=chunk)[:2]
+        ).sum().backward()
     assert ours.numel == n * chunk
 
 
@@ -245,7 +246,7 @@ def test_kept_logits_change_nothing(dtype: torch.dtype, monkeypatch: pytest.Monk
 
     kept, held = run()
     assert held == N * V
-    monkeypatch.setattr(operator, "KEPT_BYTES", N * V * kept[2].element_size() - 1)
+    monkeypatch.setattr(logit_stream, "KEPT_BYTES", N * V * kept[2].element_size() - 1)
     forgotten, held = run()
     assert held == 0
     for a, b in zip(kept, forgotten, strict=True):

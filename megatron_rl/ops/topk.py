@@ -1,0 +1,105 @@
+"""Entries of a stream of logits: the k largest of each token, or those at given ids.
+
+The k largest are so under a total order, value first and then the smaller id, so that chunks and shards do not show: with
+logits in bfloat16 the k-th and the (k+1)-th are equal for most tokens. The stream visits ids in ascending order. A
+later column enters a full list only if it is strictly larger than the last entry, and a stable sort of the list followed
+by what enters is the order itself. After the first chunks little does, so the work is that of one comparison.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_NO_ID = 2**31 - 1  # of an empty place in a list; larger than every id
+
+
+class Taken(NamedTuple):
+    """What a chunk of logits gave to a list."""
+
+    rows: Tensor  # [M] tokens, and
+    columns: Tensor  # [M] columns of the chunk, of the entries that were taken out of it
+    losing_rows: Tensor  # [R] tokens, and
+    losers: Tensor  # [R, m] the logits that fell out of their lists; -inf for none
+
+
+class Largest:
+    """The k largest logits of each token so far, in order, and their ids."""
+
+    def __init__(self, like: Tensor, k: int) -> None:
+        self.k = k
+        self.values = like.new_empty(like.shape[0], 0)
+        self.ids = torch.empty_like(self.values, dtype=torch.int64)
+
+    def take(self, logits: Tensor, columns: slice, top: Tensor) -> Taken:
+        """Enters a chunk, whose ids are larger than all before; `top` [N] is its maximum."""
+        width, full = self.values.shape[1], self.values.shape[1] == self.k
+        last = self.values[:, -1] if full else top.new_full(top.shape, -torch.inf)
+        rows = ((top > last) | (last == -torch.inf)).nonzero()[:, 0]
+        if rows.numel() == 0:
+            return Taken(rows, rows, rows, logits.new_empty(0, 0))
+        chosen = logits if len(rows) == len(logits) else logits.index_select(0, rows)
+        enters = chosen > last[rows, None] if full else torch.ones_like(chosen, dtype=torch.bool)
+        counts = enters.sum(1)
+        if self.k < chosen.shape[1] and int(counts.max()) > self.k:
+            enters &= chosen >= chosen.topk(self.k).values[:, -1:]
+            counts = enters.sum(1)
+        row, column = enters.nonzero().unbind(1)
+        place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+        entering = chosen.new_full((len(rows), int(counts.max())), -torch.inf)
+        entering[row, place] = chosen[row, column]
+        ids = torch.full_like(entering, _NO_ID, dtype=torch.int64)
+        ids[row, place] = column + columns.start
+        values, order = torch.cat([self.values[rows], entering], 1).sort(dim=1, descending=True, stable=True)
+        ids = torch.cat([self.ids[rows], ids], 1).gather(1, order)
+        width = min(self.k, values.shape[1])
+        if full:
+            self.values[rows], self.ids[rows] = values[:, :width], ids[:, :width]
+        else:
+            self.values, self.ids = values[:, :width].contiguous(), ids[:, :width].contiguous()
+        return Taken(rows[row], column, rows, values[:, width:])
+
+    def fill(self) -> None:
+        """Makes a list that is shorter than k as long, with places that lose to every id."""
+        missing = self.k - self.values.shape[1]
+        self.values = torch.nn.functional.pad(self.values, (0, missing), value=-torch.inf)
+        self.ids = torch.nn.functional.pad(self.ids, (0, missing), value=_NO_ID)
+
+
+def merge_largest(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(values [N, k], ids [N, k], values that lost [N, (P - 1) k]) of the union of P lists [P, N, k]."""
+    k = values.shape[-1]
+    values, ids = (x.transpose(0, 1).flatten(1) for x in (values, ids))
+    ids, by_id = ids.sort(1)
+    values, by_value = values.gather(1, by_id).sort(dim=1, descending=True, stable=True)
+    return values[:, :k], ids.gather(1, by_value)[:, :k], values[:, k:]
+
+
+class Places:
+    """Where given ids [N, k] lie in the chunks of a shard: sorted once, so that a chunk sees its own only."""
+
+    def __init__(self, local_ids: Tensor, size: int, chunk: int) -> None:
+        self.k, self.chunk = local_ids.shape[1], chunk
+        self._ids, self._flat = local_ids.flatten().sort()
+        edges = torch.arange(0, size + chunk, chunk, device=local_ids.device).clamp(max=size)
+        self._edges = torch.searchsorted(self._ids, edges).tolist()
+
+    def within(self, columns: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """(tokens, places in their lists, columns of the chunk), each [M]."""
+        number = columns.start // self.chunk
+        inside = slice(self._edges[number], self._edges[number + 1])
+        flat = self._flat[inside]
+        return flat // self.k, flat % self.k, self._ids[inside] - columns.start
+
+
+class Given:
+    """The logits at given ids; 0 where the shard does not hold them."""
+
+    def __init__(self, like: Tensor, places: Places) -> None:
+        self.values = like.new_zeros(like.shape[0], places.k)
+        self._places = places
+
+    def take(self, logits: Tensor, columns: slice, top: Tensor) -> Taken:
+        rows, places, inside = self._places.within(columns)
+        self.values[rows, places] = logits[rows, inside]
+        return Taken(rows, inside, rows[:0], logits.new_empty(0, 0))
