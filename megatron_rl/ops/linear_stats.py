@@ -5,7 +5,7 @@ row of statistics per token (`ops/summary.py`), and forgets the logits; the back
 
 With the row's m, s (over all columns), z_y and t, and p = softmax(z) over the true vocabulary,
 
-    log p_y = (z_y - m) - log s,    H = log s - u,    u = t / s = E_p[z - m],    p_tail = sum of p over what is not listed.
+    log p_y = (z_y - m) - log s,    H = log s - u,    u = t / s = E_p[z - m],    p_tail = sum of p_v, v not listed.
 
 From upstream g_y, g_H, g_tail, and g_j for the listed columns j, the gradient is one formula for any loss:
 
@@ -55,8 +55,9 @@ def linear_stats(
     Shapes: `hidden` [N, H], the same on every rank; `weight` [rows, H], whose rows beyond `shard.size` are padding and
     are never read; `labels` [N] int64, ids in the true vocabulary. Results are float64 for float64, otherwise float32.
 
-    `k`, at most the vocabulary's size, asks for the k most likely ids: by value, then by the smaller id. `indices` [N, n]
-    int64 are ids to be listed instead, all different in a row; with both, the k most likely are `largest_ids` only.
+    `k`, at most the vocabulary's size, asks for the k most likely ids: by value, then by the smaller id. `indices`
+    [N, n] int64 are ids to be listed instead, all different in a row; with both, the k most likely are `largest_ids`
+    only.
     The tail is a sum over what is not listed, at least the smallest normal number.
 
     Gradients: `weight`'s is complete, with zeros on the padding. `hidden`'s is this shard's part of a sum over the
@@ -108,7 +109,8 @@ class _LinearStats(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if summary.largest_ids is not None:
             ctx.mark_non_differentiable(summary.largest_ids)
-        return *_outputs(summary), summary.largest_ids
+        stats = stats_of(summary)
+        return stats.logp, stats.entropy, stats.topk_logp, stats.tail_logp, summary.largest_ids
 
     @staticmethod
     @once_differentiable
@@ -121,7 +123,7 @@ class _LinearStats(torch.autograd.Function):
         _: None,
     ) -> tuple[Tensor | None, ...]:
         hidden, weight, labels, ids, *numbers = ctx.saved_tensors
-        summary = Summary(*numbers, None)
+        summary = Summary._make([*numbers, None])
         # d(hidden weight^T) = dz / temperature, and dz is linear in the upstream gradients.
         grads = [None if g is None else g / ctx.temperature for g in (grad_logp, grad_entropy, grad_topk, grad_tail)]
         slope = _Slope(summary, ids, *grads, shard=ctx.shard, chunk=ctx.chunk)
@@ -138,16 +140,16 @@ class _LinearStats(torch.autograd.Function):
         return grad_hidden.to(hidden.dtype), grad_weight, *[None] * 7
 
 
-def _outputs(summary: Summary) -> tuple[Tensor | None, ...]:
-    """logp, entropy, log-probabilities of the list, and of the tail."""
+def stats_of(summary: Summary) -> LinearStats:
+    """The statistics that a summary holds, without `topk_ids`, and without a gradient."""
     log_total = summary.total.log()
     logp = (summary.label - summary.top) - log_total
     entropy = None if summary.moment is None else log_total - summary.moment / summary.total
-    if summary.listed is None:
-        return logp, entropy, None, None
-    topk_logp = (summary.listed - summary.top[:, None]) - log_total[:, None]
-    least = torch.finfo(logp.dtype).tiny
-    return logp, entropy, topk_logp, (summary.rest / summary.total).clamp(min=least).log()
+    topk_logp = tail_logp = None
+    if summary.listed is not None:
+        topk_logp = (summary.listed - summary.top[:, None]) - log_total[:, None]
+        tail_logp = (summary.rest / summary.total).clamp(min=torch.finfo(logp.dtype).tiny).log()
+    return LinearStats(logp, entropy, topk_logp, None, tail_logp, summary.largest_ids)
 
 
 class _Slope:

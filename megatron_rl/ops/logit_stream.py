@@ -1,7 +1,7 @@
 """The logits of an lm-head, a chunk of the vocabulary at a time.
 
-Cut Cross-Entropy (Wijmans et al., arXiv 2411.09009) streams them twice, once for each direction. Where all logits of the
-shard are small (KEPT_BYTES) they are kept instead, which saves a matrix product and changes no number.
+Cut Cross-Entropy (Wijmans et al., arXiv 2411.09009) streams them twice, once for each direction. Where all logits of
+the shard are small (KEPT_BYTES) they are kept instead, which saves a matrix product and changes no number.
 """
 
 from collections.abc import Iterator

@@ -5,9 +5,9 @@ With z = hidden weight^T / temperature, the statistics of a set of columns are
     m = max z,    s = sum e^(z - m),    z_y = z of the label (0 if it lies elsewhere),    t = sum (z - m) e^(z - m),
 
 one row [m, s, z_y] or [m, s, z_y, t]. Rows merge over any partition of the vocabulary: over the chunks of a shard,
-then, by one all-gather, over the shards. Where columns are listed (the k largest, or given ones), s runs over the others
-only, their sum being the tail: as a difference, 1 - sum of the listed probabilities, a small tail would be noise. The
-lists are k more columns of the row and k ids, and merge likewise. With lists and t the row ends with s over all columns,
+then, by one all-gather, over the shards. Where columns are listed (the k largest, or given ones), s runs over the
+others only: their sum is the tail, which would be noise as a difference, 1 - sum of the listed probabilities. The lists
+are k more columns of the row and k ids, and merge likewise. With lists and t the row ends with s over all columns,
 which t needs to merge.
 """
 

@@ -1,9 +1,9 @@
 """Entries of a stream of logits: the k largest of each token, or those at given ids.
 
-The k largest are so under a total order, value first and then the smaller id, so that chunks and shards do not show: with
-logits in bfloat16 the k-th and the (k+1)-th are equal for most tokens. The stream visits ids in ascending order. A
-later column enters a full list only if it is strictly larger than the last entry, and a stable sort of the list followed
-by what enters is the order itself. After the first chunks little does, so the work is that of one comparison.
+The k largest are so under a total order, value first and then the smaller id, so that chunks and shards do not show:
+with logits in bfloat16 the k-th and the (k+1)-th are equal for many tokens. The stream visits ids in ascending order.
+A later column hence enters a full list only if it is strictly larger than the last entry, and a stable sort of the list
+followed by what enters is the order itself. After the first chunks little enters; the work left is a comparison.
 """
 
 from typing import NamedTuple

@@ -1,0 +1,235 @@
+"""Two lm-heads on the same tokens: what a student is told by a teacher, with the vocabulary sharded and in chunks.
+
+A teacher's logits exist nowhere but in a chunk: it comes as hidden states and a head, like the student. No gradient
+goes to it. On a list of ids, the student's or the teacher's most likely, `paired_stats` gives the log-probabilities of
+both, and a loss is made of them elsewhere; over the full vocabulary the sum itself is streamed, in `full_divergence`.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_rl.ops.linear_stats import LinearStats, linear_stats, stats_of
+from megatron_rl.ops.logit_stream import add_mm_, keeping, logit_chunks
+from megatron_rl.ops.summary import FLOOR, summarise
+from megatron_rl.ops.vocab_shard import VocabShard
+
+Support = Literal["student", "teacher"]
+
+
+class Head(NamedTuple):
+    """A distribution over the vocabulary: softmax(hidden weight^T / temperature)."""
+
+    hidden: Tensor  # [N, H], the same on every rank
+    weight: Tensor  # [rows, H], this rank's rows of the lm-head
+    temperature: float = 1.0
+
+
+def mixed_head(first: Head, second: Head, coefficient: float) -> Head:
+    """The head whose logits, before the common temperature, are (1 - coefficient) z_first + coefficient z_second.
+
+    The geometric mixture of SDPO's trust region (Hübotter et al., arXiv 2601.20802). It is one head on the hidden
+    states side by side, and takes the memory of both. No gradient goes through it.
+    """
+    assert first.temperature == second.temperature, (first.temperature, second.temperature)
+    with torch.no_grad():
+        hidden = torch.cat([first.hidden * (1 - coefficient), second.hidden * coefficient], 1)
+        return Head(hidden, torch.cat([first.weight, second.weight], 1), first.temperature)
+
+
+class Pair(NamedTuple):
+    """Statistics of student and teacher; where ids are listed, of the same ids in the same order."""
+
+    student: LinearStats
+    teacher: LinearStats  # no gradient
+
+
+def paired_stats(
+    student: Head,
+    teacher: Head,
+    labels: Tensor,
+    *,
+    support: Support,
+    k: int,
+    shard: VocabShard,
+    figures: bool = True,
+    chunk: int = 1024,
+) -> Pair:
+    """Both heads' statistics at the k ids that are most likely to the `support`; differentiable in the student.
+
+    `labels` [N] and the rest as for `linear_stats`. With `figures`, what only metrics ask for: entropies, and
+    `largest_ids` of both.
+    """
+    options: dict[str, Any] = {"shard": shard, "entropy": figures, "chunk": chunk}
+    own = k if figures else 0
+    if support == "student":
+        learner = linear_stats(student.hidden, student.weight, labels, temperature=student.temperature, k=k, **options)
+        return Pair(learner, _teacher_stats(teacher, labels, k=own, indices=learner.topk_ids, **options))
+    guide = _teacher_stats(teacher, labels, k=k, indices=None, **options)
+    learner = linear_stats(
+        student.hidden,
+        student.weight,
+        labels,
+        temperature=student.temperature,
+        k=own,
+        indices=guide.topk_ids,
+        **options,
+    )
+    return Pair(learner, guide)
+
+
+@torch.no_grad()
+def _teacher_stats(teacher: Head, labels: Tensor, **options: Any) -> LinearStats:
+    return linear_stats(teacher.hidden, teacher.weight, labels, temperature=teacher.temperature, **options)
+
+
+def overlap(ids: Tensor, others: Tensor) -> Tensor:
+    """The share [N] of `ids` [N, k] that are among `others` [N, k]; ids of a row are all different."""
+    both = torch.cat([ids, others], 1).sort(dim=1).values
+    return (both[:, 1:] == both[:, :-1]).sum(1) / ids.shape[1]
+
+
+class FullDivergence(NamedTuple):
+    loss: Tensor  # [N]
+    pair: Pair  # no gradient; without lists, but for `largest_ids`
+
+
+def full_divergence(
+    student: Head,
+    teacher: Head,
+    labels: Tensor,
+    *,
+    alpha: float,
+    k: int = 0,
+    shard: VocabShard,
+    chunk: int = 1024,
+) -> FullDivergence:
+    """The divergence over the whole vocabulary, differentiable in the student, and statistics of both heads.
+
+    With s and t the distributions of student and teacher,
+
+        alpha = 0       KL(t || s)
+        alpha = 1       KL(s || t)
+        otherwise       (1 - alpha) KL(s || m) + alpha KL(t || m),    m = (1 - alpha) s + alpha t
+
+    (the generalised Jensen-Shannon divergence of Agarwal et al., arXiv 2306.13649; at its ends it is 0, and not the
+    KL that stands there). With G_v = dL / dlog s_v the gradient is dL/dz_v = G_v - s_v sum G, so the backward pass asks
+    for one more number per token and no collective. `k` as the metrics want it.
+    """
+    assert 0 <= alpha <= 1, alpha
+    loss, *numbers = _FullDivergence.apply(
+        student.hidden,
+        student.weight,
+        teacher.hidden.detach(),
+        teacher.weight.detach(),
+        labels,
+        shard,
+        (student.temperature, teacher.temperature),
+        alpha,
+        k,
+        chunk,
+    )
+    stats = [LinearStats(numbers[i], numbers[i + 1], largest_ids=numbers[i + 2]) for i in (0, 3)]
+    return FullDivergence(loss, Pair(*stats))
+
+
+class _FullDivergence(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        teacher_hidden: Tensor,
+        teacher_weight: Tensor,
+        labels: Tensor,
+        shard: VocabShard,
+        temperatures: tuple[float, float],
+        alpha: float,
+        k: int,
+        chunk: int,
+    ) -> tuple[Tensor | None, ...]:
+        heads = [(hidden, weight[: shard.size]), (teacher_hidden, teacher_weight[: shard.size])]
+        kept = [keeping(h, w, True) for h, w in heads]
+        summaries = [
+            summarise(*head, labels, shard, temperature=t, entropy=True, k=k, indices=None, chunk=chunk, kept=logits)
+            for head, t, logits in zip(heads, temperatures, kept)
+        ]
+        log_totals = [summary.top + summary.total.log() for summary in summaries]
+        ctx.save_for_backward(hidden, weight, teacher_hidden, teacher_weight, *log_totals)
+        ctx.shard, ctx.temperatures, ctx.alpha, ctx.chunk, ctx.kept = shard, temperatures, alpha, chunk, kept
+        sums = hidden.new_zeros(hidden.shape[0], 2, dtype=log_totals[0].dtype)
+        for _, student, teacher in _log_prob_chunks(ctx, hidden, weight, teacher_hidden, teacher_weight, *log_totals):
+            sums += _sums(student, teacher, alpha)
+        loss, ctx.slopes = shard.all_gather(sums).sum(0).unbind(1)
+        stats = [stats_of(summary) for summary in summaries]
+        results = [x for s in stats for x in (s.logp, s.entropy, s.largest_ids)]
+        ctx.mark_non_differentiable(*[x for x in results if x is not None])
+        return loss.clone(), *results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        hidden, weight, *rest = ctx.saved_tensors
+        grad_hidden = torch.zeros_like(hidden, dtype=grad_loss.dtype)
+        grad_weight = torch.empty_like(weight)
+        grad_weight[ctx.shard.size :] = 0
+        scale = (grad_loss / ctx.temperatures[0])[:, None]
+        for columns, student, teacher in _log_prob_chunks(ctx, hidden, weight, *rest):
+            grad = _slope(student, teacher, ctx.alpha, ctx.slopes[:, None]).mul_(scale).to(hidden.dtype)
+            torch.mm(grad.t(), hidden, out=grad_weight[columns])
+            add_mm_(grad_hidden, grad, weight[columns])
+        ctx.kept = None
+        return grad_hidden.to(hidden.dtype), grad_weight, *[None] * 8
+
+
+def _log_prob_chunks(
+    ctx: Any,
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    log_total: Tensor,
+    teacher_log_total: Tensor,
+) -> Any:
+    """(columns, log s, log t), each [N, columns], no less than the floor."""
+    size = ctx.shard.size
+    student = logit_chunks(hidden, weight[:size], ctx.temperatures[0], ctx.chunk, ctx.kept[0])
+    teacher = logit_chunks(teacher_hidden, teacher_weight[:size], ctx.temperatures[1], ctx.chunk, ctx.kept[1])
+    for (columns, s), (_, t) in zip(student, teacher, strict=True):
+        s.sub_(log_total[:, None]).clamp_(min=FLOOR)
+        t.sub_(teacher_log_total[:, None]).clamp_(min=FLOOR)
+        yield columns, s, t
+
+
+def _mixture(student: Tensor, teacher: Tensor, alpha: float) -> Tensor:
+    logs = torch.tensor([1 - alpha, alpha], dtype=torch.float64).log().tolist()
+    return torch.logaddexp(student + logs[0], teacher + logs[1])
+
+
+def _sums(student: Tensor, teacher: Tensor, alpha: float) -> Tensor:
+    """[N, 2]: the columns' part of the loss, and of sum_v dL / dlog s_v."""
+    if alpha == 0:
+        t = teacher.exp()
+        return torch.stack([(t * (teacher - student)).sum(1), -t.sum(1)], 1)
+    s = student.exp()
+    if alpha == 1:
+        kl = (s * (student - teacher)).sum(1)
+        return torch.stack([kl, kl + s.sum(1)], 1)
+    mixture = _mixture(student, teacher, alpha)
+    of_student = (1 - alpha) * s.mul_(student - mixture).sum(1)
+    of_teacher = alpha * (teacher.exp() * mixture.sub_(teacher).neg_()).sum(1)
+    return torch.stack([of_student + of_teacher, of_student], 1)
+
+
+def _slope(student: Tensor, teacher: Tensor, alpha: float, slopes: Tensor) -> Tensor:
+    """dL/dz [N, columns] of the student's logits, before the temperature; `slopes` [N, 1] is sum_v dL / dlog s_v."""
+    if alpha == 0:
+        return student.exp_().mul_(-slopes).sub_(teacher.exp_())
+    factor = (
+        (student - teacher + 1).sub_(slopes)
+        if alpha == 1
+        else (student - _mixture(student, teacher, alpha)).mul_(1 - alpha).sub_(slopes)
+    )
+    return factor.mul_(student.exp_())
