@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python tools/bench_ops.py [--dtype bf16 fp32] [--k 20 100] [--repeats 2]
 
 `plain` is what one would write in torch: float32 logits of student and teacher, log_softmax, topk, gather. Both are
-forward and backward, to the student's hidden states and lm-head, of SDPO's loss (alpha 0.5, k ids and the tail). Each case
-has a process of its own; its peak is the largest resident size less that with the inputs made, and holds the weight's
-gradient, which every variant needs. The least time of the repeats is quoted. The plain case takes some 6 GiB.
+forward and backward, to the student's hidden states and lm-head, of SDPO's loss (alpha 0.5, k ids and the tail). Each
+case has a process of its own; its peak is the largest resident size less that with the inputs made, and holds the
+weight's gradient, which every variant needs. The least time of the repeats is quoted. The plain case takes some 6 GiB.
 """
 
 import argparse

@@ -41,7 +41,7 @@ class Largest:
         chosen = logits if len(rows) == len(logits) else logits.index_select(0, rows)
         enters = chosen > last[rows, None] if full else torch.ones_like(chosen, dtype=torch.bool)
         counts = enters.sum(1)
-        if self.k < chosen.shape[1] and int(counts.max()) > self.k:
+        if 2 * self.k < int(counts.max()):
             enters &= chosen >= chosen.topk(self.k).values[:, -1:]
             counts = enters.sum(1)
         row, column = enters.nonzero().unbind(1)
