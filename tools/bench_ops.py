@@ -39,10 +39,13 @@ def heads(tokens: int, hidden: int, vocab: int, dtype: torch.dtype) -> tuple[Hea
 
 
 def plain(student: Head, teacher: Head, k: int) -> Tensor:
-    logp = (student.hidden @ student.weight.t()).float().log_softmax(-1)
-    s, ids = logp.topk(k, -1)
+    student_logits = (student.hidden @ student.weight.t()).float()
+    student_logp = student_logits.log_softmax(-1)
+    s, ids = student_logp.topk(k, -1)
     with torch.no_grad():
-        t = (teacher.hidden @ teacher.weight.t()).float().log_softmax(-1).gather(1, ids)
+        teacher_logits = (teacher.hidden @ teacher.weight.t()).float()
+        teacher_logp = teacher_logits.log_softmax(-1)
+        t = teacher_logp.gather(1, ids)
     return divergence(*(buckets(x, x[:, 0], "clamped") for x in (s, t)), ALPHA)
 
 

@@ -1,0 +1,48 @@
+"""An exponential moving average of model weights, in place on the shards that a rank holds.
+
+    theta_T <- d theta_T + (1 - d) theta_S
+
+The average is kept in float32 or wider: with bfloat16 alone a step below 2^-9 of a weight is lost, so that an average
+with 1 - d = 0.01 would hardly move. It is taken per shard, and needs no communication.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def decay(
+    num_updates: int,
+    *,
+    inv_gamma: float = 1.0,
+    power: float = 2 / 3,
+    min_value: float = 0.0,
+    max_value: float = 0.9999,
+    update_after: int = 0,
+) -> float:
+    """d of the next update, where `num_updates` were done before: clamp(1 - (1 + n / inv_gamma)^-power, min, max).
+
+    n = num_updates - update_after - 1, and up to n = 0 the average is a copy (d = 0), whatever `min_value` is: these are
+    update_after + 2 updates. The schedule is that of diffusion_policy (Chi et al., arXiv 2303.04137).
+    """
+    assert num_updates >= 0 and inv_gamma > 0 and power > 0, (num_updates, inv_gamma, power)
+    assert 0 <= min_value <= max_value <= 1, (min_value, max_value)
+    steps = num_updates - update_after - 1
+    if steps <= 0:
+        return 0.0
+    return min(max(1 - (1 + steps / inv_gamma) ** -power, min_value), max_value)
+
+
+@torch.no_grad()
+def ema_update_(averages: Sequence[Tensor], weights: Sequence[Tensor], decay: float) -> None:
+    """averages <- decay averages + (1 - decay) weights, one by one; exactly the weights at decay 0, unchanged at 1.
+
+    Both are lists of tensors of the same shapes and dtypes, float32 or float64: shards of flat buffers, or parameters.
+    """
+    assert 0 <= decay <= 1, decay
+    for average, weight in zip(averages, weights, strict=True):
+        assert average.dtype == weight.dtype and average.dtype in (torch.float32, torch.float64), average.dtype
+        assert average.shape == weight.shape, (average.shape, weight.shape)
+    if averages:
+        torch._foreach_lerp_(list(averages), list(weights), 1 - decay)
