@@ -23,8 +23,8 @@ def decay(
 ) -> float:
     """d of the next update, where `num_updates` were done before: clamp(1 - (1 + n / inv_gamma)^-power, min, max).
 
-    n = num_updates - update_after - 1, and up to n = 0 the average is a copy (d = 0), whatever `min_value` is: these are
-    update_after + 2 updates. The schedule is that of diffusion_policy (Chi et al., arXiv 2303.04137).
+    n = num_updates - update_after - 1, and up to n = 0 the average is a copy (d = 0), whatever `min_value` is: these
+    are update_after + 2 updates. The schedule is that of Diffusion Policy (Chi et al., arXiv 2303.04137).
     """
     assert num_updates >= 0 and inv_gamma > 0 and power > 0, (num_updates, inv_gamma, power)
     assert 0 <= min_value <= max_value <= 1, (min_value, max_value)
