@@ -14,16 +14,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_rl.algorithms import advantages, importance, policy_loss, rollout_correction
+from megatron_rl.algorithms import advantages, distill, importance, policy_loss, rollout_correction
+from megatron_rl.algorithms.distill import Tail
 from megatron_rl.algorithms.ema_weights import StepAverages, with_gradient
 from megatron_rl.algorithms.kl import kl
 from megatron_rl.algorithms.overlong import overlong_penalty
 from megatron_rl.algorithms.policy_loss import PolicyLoss
 from megatron_rl.algorithms.reduction import MODES, token_weights
 from megatron_rl.data.collate import MicroBatch
+from megatron_rl.data.reprompt import (
+    RepromptOptions,
+    TeacherContext,
+    context_metrics,
+    evidence,
+    teacher_prompt,
+)
+from megatron_rl.ops import ema
+from megatron_rl.ops.divergence import Head, Pair, Support, full_divergence, mixed_head, paired_stats
 from megatron_rl.ops.linear_stats import LinearStats, linear_stats
 from megatron_rl.ops.scan import exponential_average
 from megatron_rl.ops.vocab_shard import VocabShard
+from megatron_rl.types import Prompt, Reward, Rollout, RolloutGroup
 
 Arrays = dict[str, np.ndarray]
 Params = dict[str, Any]
@@ -1051,7 +1062,277 @@ def _slime_logprob_entropy(inputs: Arrays, params: Params) -> Result:
     }
 
 
+# Distillation
+
+
+def _head(logits: np.ndarray, temperature: float = 1.0) -> Head:
+    """Logits [..., V] as a head: the identity is its matrix."""
+    vocab = logits.shape[-1]
+    leaf = torch.from_numpy(logits.reshape(-1, vocab)).requires_grad_()
+    return Head(leaf, torch.eye(vocab, dtype=leaf.dtype), temperature)
+
+
+def _distilled(
+    student: Head,
+    teacher: Head,
+    labels: np.ndarray,
+    *,
+    alpha: float,
+    k: int | None,
+    tail: Tail,
+    support: Support = "student",
+) -> tuple[Tensor, Pair]:
+    """The divergence of each token [N], and the statistics behind it; over the whole vocabulary where k is None."""
+    vocab = student.hidden.shape[1]
+    flat = torch.from_numpy(labels.reshape(-1)).clamp(0, vocab - 1)
+    shard = VocabShard(0, vocab)
+    if k is None:
+        full = full_divergence(student, teacher, flat, alpha=alpha, shard=shard, chunk=5)
+        return full.loss, full.pair
+    pair = paired_stats(student, teacher, flat, support=support, k=min(k, vocab), shard=shard, chunk=5)
+    buckets = []
+    for stats in pair:
+        assert stats.topk_logp is not None and stats.tail_logp is not None
+        buckets.append(distill.buckets(stats.topk_logp, stats.tail_logp, tail))
+    return distill.divergence(buckets[0], buckets[1], alpha), pair
+
+
+def _tail(params: Params, name: str) -> Tail:
+    return "clamped" if params[name] else "none"
+
+
+def _logit_grad(head: Head, shape: tuple[int, ...]) -> np.ndarray:
+    assert head.hidden.grad is not None
+    return head.hidden.grad.numpy().reshape(shape)
+
+
+def _sampled_loss(student: Head, teacher: Head, labels: np.ndarray) -> tuple[Tensor, Pair]:
+    flat, shard = torch.from_numpy(labels.reshape(-1)), VocabShard(0, student.hidden.shape[1])
+    pair = Pair(
+        *(
+            linear_stats(h.hidden, h.weight, flat, shard=shard, temperature=h.temperature, chunk=5)
+            for h in (student, teacher)
+        )
+    )
+    return distill.sampled_token(pair.student.logp, pair.teacher.logp.detach()), pair
+
+
+def _weighted_loss(
+    loss: Tensor, student: Head, weights: Tensor, shape: tuple[int, ...], name: str = "grad.loss.student_logits"
+) -> Result:
+    total = (weights.reshape(-1) * loss).sum()
+    total.backward()
+    return {"out.loss": total.item(), name: _logit_grad(student, shape)}
+
+
+def _off_policy(loss: Tensor, pair: Pair, inputs: Arrays, params: Params) -> Tensor:
+    if params.get("is_clip") is None and "rollout_is_weights" not in inputs:
+        return loss
+    logp = pair.student.logp
+    old = torch.from_numpy(inputs["old_log_probs"]).reshape(-1) if "old_log_probs" in inputs else logp.detach()
+    weights = inputs.get("rollout_is_weights")
+    return distill.off_policy(
+        loss,
+        logp,
+        old,
+        is_clip=params.get("is_clip"),
+        rollout_weights=None if weights is None else torch.from_numpy(weights).reshape(-1),
+    ).loss
+
+
+def _distillation_mask(inputs: Arrays) -> np.ndarray:
+    mask = inputs["response_mask"] > 0
+    return mask & (inputs["self_distillation_mask"] > 0)[:, None] if "self_distillation_mask" in inputs else mask
+
+
+def _sdpo_loss(inputs: Arrays, params: Params) -> Result:
+    shape, mask, mode = inputs["student_logits"].shape, _distillation_mask(inputs), params["loss_agg_mode"]
+    _unsupported(mode == "seq-mean-token-sum-norm", "seq-mean-token-sum-norm divides by the number of sequences too")
+    student, teacher = (_head(inputs[name], params["temperature"]) for name in ("student_logits", "teacher_logits"))
+    if params["full_logit_distillation"]:
+        loss, pair = _distilled(
+            student,
+            teacher,
+            inputs["labels"],
+            alpha=params["alpha"],
+            k=params["distillation_topk"],
+            tail=_tail(params, "distillation_add_tail"),
+        )
+    else:
+        _unsupported(params["alpha"] != 1, "the loss of the drawn tokens is that of the reverse KL, alpha = 1")
+        loss, pair = _sampled_loss(student, teacher, inputs["labels"])
+    if mode == "token-mean" and not mask.any():
+        weights = torch.zeros(mask.shape, dtype=torch.float64)  # the reference's count is at least 1
+    else:
+        weights = _verl_weights(mask, {}, mode)
+    result = _weighted_loss(_off_policy(loss, pair, inputs, params), student, weights, shape)
+    if pair.student.topk_ids is not None:
+        result["out.student_topk_ids"] = pair.student.topk_ids.numpy().reshape(*shape[:-1], -1)
+    return result
+
+
+def _trl_per_token(inputs: Arrays, params: Params) -> Result:
+    shape = inputs["student_logits"].shape
+    student, teacher = _head(inputs["student_logits"]), _head(inputs["teacher_logits"])
+    if "completion_ids" in inputs:
+        loss, _ = _sampled_loss(student, teacher, inputs["completion_ids"])
+    else:
+        tail = _tail(params, "add_tail") if "topk" in params else "none"
+        labels = np.zeros(shape[:-1], np.int64)
+        loss, _ = _distilled(student, teacher, labels, alpha=params["alpha"], k=params.get("topk"), tail=tail)
+    weights = torch.from_numpy(inputs["weight"])
+    result = _weighted_loss(loss, student, weights, shape, "grad.sum_weighted.student_logits")
+    del result["out.loss"]
+    return result | {"out.per_token": loss.detach().numpy().reshape(shape[:-1])}
+
+
+def _trl_sdpo_loss(inputs: Arrays, params: Params) -> Result:
+    """TRL averages over all sequences, those without a teacher included."""
+    shape, mask = inputs["student_logits"].shape, _distillation_mask(inputs)
+    student, teacher = _head(inputs["student_logits"]), _head(inputs["teacher_logits"])
+    if params["distillation_mode"] == "sampled_token":
+        loss, pair = _sampled_loss(student, teacher, inputs["labels"])
+    else:
+        k = params["distillation_topk"] if params["distillation_mode"] == "topk_logits" else None
+        tail = _tail(params, "distillation_add_tail")
+        loss, pair = _distilled(student, teacher, inputs["labels"], alpha=params["alpha"], k=k, tail=tail)
+    weights = _weights(mask, "seq-mean-token-mean") * (mask.any(1).sum() / len(mask))
+    return _weighted_loss(_off_policy(loss, pair, inputs, params), student, weights, shape)
+
+
+def _gkd_jsd(inputs: Arrays, params: Params) -> Result:
+    _unsupported(params["reduction"] != "batchmean", f"no reduction {params['reduction']}")
+    shape, mask = inputs["student_logits"].shape, inputs["labels"] != -100
+    _unsupported(not mask.any(), "nothing to average weighs 0, and is not 0 / 0")
+    student, teacher = (_head(inputs[name], params["temperature"]) for name in ("student_logits", "teacher_logits"))
+    loss, _ = _distilled(student, teacher, inputs["labels"], alpha=params["beta"], k=None, tail="none")
+    return _weighted_loss(loss, student, _weights(mask, "token-mean"), shape)
+
+
+def _nemo_distill_topk(inputs: Arrays, params: Params) -> Result:
+    """On the teacher's ids; `mixed` is half of each KL, and no Jensen-Shannon divergence."""
+    _unsupported(params["zero_outside_topk"], "no student that is 0 outside the teacher's ids")
+    shape, k = inputs["student_logits"].shape, params["k"]
+    # A token's logits are those that predict the next one.
+    mask = np.zeros(shape[:2], bool)
+    mask[:, :-1] = (inputs["token_mask"][:, 1:] > 0) & (inputs["sample_mask"] > 0)[:, None]
+    _unsupported(not mask.any(), "nothing to average weighs 0, and is not 0 / 0")
+    student, teacher = _head(inputs["student_logits"]), _head(inputs["teacher_logits"])
+    labels = np.zeros(shape[:2], np.int64)
+    shares = {"forward": {0.0: 1.0}, "reverse": {1.0: 1.0}, "mixed": {0.0: 0.5, 1.0: 0.5}}[params["kl_type"]]
+    loss = torch.zeros((), dtype=torch.float64)
+    for alpha, share in shares.items():
+        part, pair = _distilled(student, teacher, labels, alpha=alpha, k=k, tail="none", support="teacher")
+        loss = loss + share * part
+    assert pair.teacher.topk_ids is not None
+    count = int(mask.sum())
+    weights = _weights(mask, "token-mean") * (count / (count + _EPSILON))
+    result = _weighted_loss(loss, student, weights, shape)
+    return result | {"out.teacher_topk_ids": pair.teacher.topk_ids.numpy().reshape(*shape[:2], k)}
+
+
+def _add_tail_bucket(inputs: Arrays, params: Params) -> Result:
+    logp = inputs["log_probs"]
+    flat = torch.from_numpy(logp.reshape(-1, logp.shape[-1]))
+    result = distill.buckets(flat, flat[:, 0], "clamped")
+    return {"out.out": result.numpy().reshape(*logp.shape[:-1], -1)}
+
+
+def _trust_region_mix(inputs: Arrays, params: Params) -> Result:
+    mixed = mixed_head(_head(inputs["ref_logits"]), _head(inputs["student_logits"]), params["mix_coef"])
+    return {"out.logits": (mixed.hidden @ mixed.weight.t()).numpy().reshape(inputs["ref_logits"].shape)}
+
+
+# Averages of model weights
+
+
+def _averaged(inputs: Arrays, average: str, weights: str, names: list[str], decay: float) -> dict[str, np.ndarray]:
+    averages = [torch.from_numpy(inputs[f"{average}.{name}"]) for name in names]
+    ema.ema_update_(averages, [torch.from_numpy(inputs[f"{weights}.{name}"]) for name in names], decay)
+    return {name: tensor.numpy() for name, tensor in zip(names, averages)}
+
+
+def _ema_update(inputs: Arrays, params: Params) -> Result:
+    """Of all parameters. Buffers, which SDPO leaves as they were, are copied here, and not answered."""
+    names = ["frozen", "a.weight", "a.bias", "bn.weight", "bn.bias"]
+    found = _averaged(inputs, "teacher", "student", names, 1 - params["update_rate"])
+    return {f"out.teacher_new.{name}": array for name, array in found.items()}
+
+
+def _ema_weight_step(inputs: Arrays, params: Params) -> Result:
+    """Frozen parameters are copied. A batch norm's parameters, which the reference copies too, are not answered."""
+    found = _averaged(inputs, "ema", "model", ["lin.weight", "lin.bias"], float(params["decay"]))
+    found |= _averaged(inputs, "ema", "model", ["fz.weight", "fz.bias"], 0.0)
+    return {f"out.ema_new.{name}": array for name, array in found.items()}
+
+
+def _ema_decay_schedule(inputs: Arrays, params: Params) -> Result:
+    options = {name: params[name] for name in ("inv_gamma", "power", "min_value", "max_value")}
+    steps = inputs["optimization_step"].tolist()
+    decays = [ema.decay(step, update_after=params["update_after_step"], **options) for step in steps]
+    return {"out.decay": np.array(decays)}
+
+
+# What a teacher is shown
+
+
+def _sdpo_teacher_context(inputs: dict[str, Any], params: Params) -> Result:
+    config, uids = inputs["config"], inputs["uids"]
+    feedback = inputs["feedback"] or [None] * len(uids)
+    only_without = config["environment_feedback_only_without_solution"]
+    options = RepromptOptions(
+        success_threshold=config["success_reward_threshold"],
+        exclude_self=config["dont_reprompt_on_self_success"],
+        remove_thinking=config["remove_thinking_from_demonstration"],
+        feedback="never"
+        if not config["include_environment_feedback"]
+        else "without_solution"
+        if only_without
+        else "always",
+        **{name: config[name] for name in ("reprompt_template", "solution_template", "feedback_template")},
+    )
+    groups, shown = [], []
+    messages, mask = list(inputs["prompts"]), [0.0] * len(uids)
+    for uid in dict.fromkeys(uids):
+        places = [place for place, other in enumerate(uids) if other == uid]
+        groups.append(_scored_group([(inputs["responses"][p], inputs["rewards"][p], feedback[p]) for p in places]))
+        shown.append(evidence(groups[-1], options))
+        for place, item in zip(places, shown[-1]):
+            if item:
+                messages[place], mask[place] = teacher_prompt(messages[place], item, options), 1.0
+    contexts = [
+        [TeacherContext(token_ids=(), evidence=item, shortened=False) if item else None for item in items]
+        for items in shown
+    ]
+    metrics = {name: figure.result() for name, figure in context_metrics(groups, shown, contexts, options).items()}
+    # Not of the reference.
+    del metrics["self_distillation/shortened_contexts"], metrics["self_distillation/dropped_contexts"]
+    # The reference's mean of the mask is in float32.
+    share = "self_distillation/reprompt_sample_fraction"
+    metrics[share] = float(np.float32(metrics[share]))
+    return {"teacher_messages": messages, "self_distillation_mask": mask, "metrics": metrics}
+
+
+def _scored_group(answers: list[tuple[str, float, str | None]]) -> RolloutGroup:
+    rollouts = tuple(
+        Rollout(
+            prompt_index=0,
+            sample_index=number,
+            token_ids=(0,),
+            text=text,
+            log_probs=(0.0,),
+            log_kept_mass=(0.0,),
+            finish_reason="stop",
+            policy_version=0,
+        )
+        for number, (text, _, _) in enumerate(answers)
+    )
+    rewards = tuple(Reward(value=value, feedback=note) for _, value, note in answers)
+    return RolloutGroup(prompt=Prompt(index=0, text="", token_ids=(0,)), rollouts=rollouts, rewards=rewards)
+
+
 OPS: dict[str, Callable[[Arrays, Params], Result]] = {
+    "add_tail_bucket": _add_tail_bucket,
     "agg_loss": _agg_loss,
     "agg_loss_sdpo_fork": _agg_loss_fork,
     "compute_gae_advantage_return": _verl_gae,
@@ -1092,25 +1373,37 @@ OPS: dict[str, Callable[[Arrays, Params], Result]] = {
     "cs336_masked_mean": _cs336_masked_mean,
     "cs336_masked_normalize": _cs336_masked_normalize,
     "dapo_overlong": _dapo_overlong,
+    "distill_full_per_token": _trl_per_token,
+    "distill_sampled_per_token": _trl_per_token,
+    "distill_topk_per_token": _trl_per_token,
+    "ema_decay_schedule": _ema_decay_schedule,
     "ema_step_axis": _ema_step_axis,
     "ema_step_axis_policy_loss": _ema_policy_loss(by_token=False),
     "ema_step_axis_shared_uid": _ema_step_axis_shared_uid,
     "ema_token_axis_init_first": _ema_token_axis,
     "ema_token_axis_policy_loss": _ema_policy_loss(by_token=True),
+    "ema_update": _ema_update,
+    "ema_weight_step": _ema_weight_step,
     "entropy_from_logits": _entropy_from_logits,
     "gae_dense": _slime_gae,
+    "gkd_jsd": _gkd_jsd,
     "kl_penalty": _verl_kl_penalty,
     "kl_score_function": _nemo_kl_score_function,
     "liger_grpo_loss": _liger_grpo_loss,
     "logprobs_from_logits_naive": _logprobs_from_logits,
     "masked_whiten": _masked_whiten,
     "nemo_clipped_pg": _nemo_clipped_pg,
+    "nemo_distill_topk": _nemo_distill_topk,
     "nemo_grpo_advantage": _nemo_grpo_advantage,
+    "sdpo_loss": _sdpo_loss,
+    "sdpo_teacher_context": _sdpo_teacher_context,
     "slime_approx_kl": _slime_approx_kl,
     "slime_cispo": _slime_cispo,
     "slime_gspo_kl": _slime_gspo_kl,
     "slime_opsm": _slime_opsm,
     "slime_policy_loss": _slime_policy_loss,
     "trl_grpo_loss": _trl_grpo_loss,
+    "trl_sdpo_loss": _trl_sdpo_loss,
+    "trust_region_mix": _trust_region_mix,
     "vocab_parallel_logprob_entropy": _slime_logprob_entropy,
 }
