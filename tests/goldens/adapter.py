@@ -23,6 +23,7 @@ from megatron_rl.algorithms.policy_loss import PolicyLoss
 from megatron_rl.algorithms.reduction import MODES, token_weights
 from megatron_rl.data.collate import MicroBatch
 from megatron_rl.data.reprompt import (
+    Feedback,
     RepromptOptions,
     TeacherContext,
     context_metrics,
@@ -1108,12 +1109,11 @@ def _logit_grad(head: Head, shape: tuple[int, ...]) -> np.ndarray:
 
 def _sampled_loss(student: Head, teacher: Head, labels: np.ndarray) -> tuple[Tensor, Pair]:
     flat, shard = torch.from_numpy(labels.reshape(-1)), VocabShard(0, student.hidden.shape[1])
-    pair = Pair(
-        *(
-            linear_stats(h.hidden, h.weight, flat, shard=shard, temperature=h.temperature, chunk=5)
-            for h in (student, teacher)
-        )
-    )
+
+    def stats(head: Head) -> LinearStats:
+        return linear_stats(head.hidden, head.weight, flat, shard=shard, temperature=head.temperature, chunk=5)
+
+    pair = Pair(stats(student), stats(teacher))
     return distill.sampled_token(pair.student.logp, pair.teacher.logp.detach()), pair
 
 
@@ -1213,9 +1213,7 @@ def _nemo_distill_topk(inputs: Arrays, params: Params) -> Result:
     """On the teacher's ids; `mixed` is half of each KL, and no Jensen-Shannon divergence."""
     _unsupported(params["zero_outside_topk"], "no student that is 0 outside the teacher's ids")
     shape, k = inputs["student_logits"].shape, params["k"]
-    # A token's logits are those that predict the next one.
-    mask = np.zeros(shape[:2], bool)
-    mask[:, :-1] = (inputs["token_mask"][:, 1:] > 0) & (inputs["sample_mask"] > 0)[:, None]
+    mask = (inputs["token_mask"] > 0) & (inputs["sample_mask"] > 0)[:, None]
     _unsupported(not mask.any(), "nothing to average weighs 0, and is not 0 / 0")
     student, teacher = _head(inputs["student_logits"]), _head(inputs["teacher_logits"])
     labels = np.zeros(shape[:2], np.int64)
@@ -1278,24 +1276,20 @@ def _ema_decay_schedule(inputs: Arrays, params: Params) -> Result:
 
 def _sdpo_teacher_context(inputs: dict[str, Any], params: Params) -> Result:
     config, uids = inputs["config"], inputs["uids"]
-    feedback = inputs["feedback"] or [None] * len(uids)
-    only_without = config["environment_feedback_only_without_solution"]
+    notes = inputs["feedback"] or [None] * len(uids)
+    mode: Feedback = "without_solution" if config["environment_feedback_only_without_solution"] else "always"
     options = RepromptOptions(
         success_threshold=config["success_reward_threshold"],
         exclude_self=config["dont_reprompt_on_self_success"],
         remove_thinking=config["remove_thinking_from_demonstration"],
-        feedback="never"
-        if not config["include_environment_feedback"]
-        else "without_solution"
-        if only_without
-        else "always",
+        feedback=mode if config["include_environment_feedback"] else "never",
         **{name: config[name] for name in ("reprompt_template", "solution_template", "feedback_template")},
     )
     groups, shown = [], []
     messages, mask = list(inputs["prompts"]), [0.0] * len(uids)
     for uid in dict.fromkeys(uids):
         places = [place for place, other in enumerate(uids) if other == uid]
-        groups.append(_scored_group([(inputs["responses"][p], inputs["rewards"][p], feedback[p]) for p in places]))
+        groups.append(_scored_group([(inputs["responses"][p], inputs["rewards"][p], notes[p]) for p in places]))
         shown.append(evidence(groups[-1], options))
         for place, item in zip(places, shown[-1]):
             if item:
