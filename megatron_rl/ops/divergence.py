@@ -82,7 +82,9 @@ def paired_stats(
 
 @torch.no_grad()
 def _teacher_stats(teacher: Head, labels: Tensor, **options: Any) -> LinearStats:
-    return linear_stats(teacher.hidden, teacher.weight, labels, temperature=teacher.temperature, **options)
+    # Detached, so that no logits are kept for a gradient.
+    hidden, weight = teacher.hidden.detach(), teacher.weight.detach()
+    return linear_stats(hidden, weight, labels, temperature=teacher.temperature, **options)
 
 
 def overlap(ids: Tensor, others: Tensor) -> Tensor:
@@ -180,7 +182,7 @@ class _FullDivergence(torch.autograd.Function):
             grad = _slope(student, teacher, ctx.alpha, ctx.slopes[:, None]).mul_(scale).to(hidden.dtype)
             torch.mm(grad.t(), hidden, out=grad_weight[columns])
             add_mm_(grad_hidden, grad, weight[columns])
-        ctx.kept = None
+        ctx.kept = [None, None]
         return grad_hidden.to(hidden.dtype), grad_weight, *[None] * 8
 
 

@@ -148,3 +148,19 @@ def test_no_tokens_still_give_a_gradient() -> None:
     result.loss.sum().backward()
     assert student.weight.grad is not None and torch.equal(student.weight.grad, torch.zeros_like(student.weight))
     assert teacher.weight.grad is None
+
+
+def test_a_graph_that_is_kept_gives_the_same_gradient_again() -> None:
+    student, teacher = heads()
+    loss = full_divergence(student, teacher, LABELS, alpha=0.5, shard=WHOLE).loss
+    runs = [torch.autograd.grad(loss.sum(), student[:2], retain_graph=True) for _ in range(2)]
+    assert all(torch.equal(first, second) for first, second in zip(*runs))
+
+
+def test_no_logits_of_a_teacher_are_kept() -> None:
+    """Also where it is the student itself, whose weights take a gradient."""
+    student, _ = heads()
+    pair = paired_stats(student, student, LABELS, support="student", k=4, shard=WHOLE)
+    assert not pair.teacher.logp.requires_grad and pair.student.logp.requires_grad
+    for name in ("logp", "topk_logp", "tail_logp"):
+        torch.testing.assert_close(getattr(pair.teacher, name), getattr(pair.student, name))

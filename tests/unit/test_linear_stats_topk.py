@@ -220,3 +220,20 @@ def test_no_more_than_a_chunk_of_logits_exists(
         stats = linear_stats(hidden, weight, labels, shard=VocabShard(0, v), chunk=chunk, **options)
         sum(x.sum() for x in outputs(stats)).backward()
     assert ours.numel == n * chunk
+
+
+def test_a_nan_stays_in_its_row() -> None:
+    hidden, weight, labels = problem()
+    broken = hidden.detach().clone()
+    broken[3] = torch.nan
+    stats, whole = (linear_stats(x, weight, labels, shard=VocabShard(0, V), k=5, chunk=50) for x in (broken, hidden))
+    others = [row for row in range(N) if row != 3]
+    for got, expected in zip(outputs(stats), outputs(whole)):
+        assert torch.equal(got[others], expected[others]) and got[3].isnan().all()
+
+
+def test_a_graph_that_is_kept_gives_the_same_gradient_again() -> None:
+    hidden, weight, labels = problem()
+    results = outputs(linear_stats(hidden, weight, labels, shard=VocabShard(0, V), k=5, chunk=50))
+    for first, second in zip(grads(results, (hidden, weight)), grads(results, (hidden, weight)), strict=True):
+        assert torch.equal(first, second)
