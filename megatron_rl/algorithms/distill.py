@@ -34,6 +34,11 @@ def divergence(student: Tensor, teacher: Tensor, alpha: float) -> Tensor:
     The last is the generalised Jensen-Shannon divergence (Agarwal et al., arXiv 2306.13649). It tends to 0 where alpha
     tends to 0 or 1, so the ends are not its limits, and learning rates do not carry over.
     """
+    return divergence_terms(student, teacher, alpha).sum(-1)
+
+
+def divergence_terms(student: Tensor, teacher: Tensor, alpha: float) -> Tensor:
+    """The summands [N, B] of the divergence; one of them, that of the tail say, can be negative."""
     assert 0 <= alpha <= 1, alpha
     student, teacher = student.clamp(min=_FLOOR), teacher.clamp(min=_FLOOR)
     if alpha == 0:
@@ -46,7 +51,7 @@ def divergence(student: Tensor, teacher: Tensor, alpha: float) -> Tensor:
 
 
 def _kl(left: Tensor, right: Tensor) -> Tensor:
-    return (left.exp() * (left - right)).sum(-1)
+    return left.exp() * (left - right)
 
 
 def buckets(topk_logp: Tensor, tail_logp: Tensor, tail: Tail) -> Tensor:

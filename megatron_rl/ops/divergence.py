@@ -93,6 +93,35 @@ def overlap(ids: Tensor, others: Tensor) -> Tensor:
     return (both[:, 1:] == both[:, :-1]).sum(1) / ids.shape[1]
 
 
+class Figures(NamedTuple):
+    """What metrics say of a pair, per token [N], without a gradient."""
+
+    student_entropy: Tensor
+    teacher_entropy: Tensor
+    overlap: Tensor  # the share of the student's k most likely ids that are among the teacher's
+    agreement: Tensor  # bool: the most likely id is the same
+    gap: Tensor  # log t - log s of the label
+    student_mass: Tensor | None  # of the listed ids, where there are any
+    teacher_mass: Tensor | None
+
+
+@torch.no_grad()
+def pair_figures(pair: Pair) -> Figures:
+    """Of a pair that was made with `figures`, or, over the full vocabulary, with `k`."""
+    student, teacher = pair
+    assert student.entropy is not None and teacher.entropy is not None
+    assert student.largest_ids is not None and teacher.largest_ids is not None
+    masses = [None if stats.topk_logp is None else stats.topk_logp.exp().sum(1) for stats in pair]
+    return Figures(
+        student.entropy.detach(),
+        teacher.entropy,
+        overlap(student.largest_ids, teacher.largest_ids),
+        student.largest_ids[:, 0] == teacher.largest_ids[:, 0],
+        teacher.logp - student.logp,
+        *masses,
+    )
+
+
 class FullDivergence(NamedTuple):
     loss: Tensor  # [N]
     pair: Pair  # no gradient; without lists, but for `largest_ids`

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
 
-from megatron_rl.algorithms.distill import Tail, buckets, divergence, off_policy, sampled_token
+from megatron_rl.algorithms.distill import Tail, buckets, divergence, divergence_terms, off_policy, sampled_token
 
 ALPHAS = [0.0, 0.1, 0.5, 0.9, 1.0]
 
@@ -39,6 +39,14 @@ def test_properties(alpha: float) -> None:
     same.sum().backward()
     assert logits.grad is not None
     assert same.abs().max() < 1e-15 and logits.grad.abs().max() < 1e-15
+
+
+def test_terms() -> None:
+    s, t = draw(50, 7).log_softmax(-1), draw(50, 7, seed=1).log_softmax(-1)
+    for alpha in ALPHAS:
+        terms = divergence_terms(s, t, alpha)
+        assert terms.shape == (50, 7) and torch.equal(terms.sum(-1), divergence(s, t, alpha))
+    torch.testing.assert_close(divergence_terms(s, t, 1.0)[:, 6], s[:, 6].exp() * (s - t)[:, 6])
 
 
 def test_the_ends_are_no_limits() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_rl.algorithms.distill import buckets, divergence
 from megatron_rl.ops import logit_stream, reference
-from megatron_rl.ops.divergence import Head, Pair, full_divergence, mixed_head, overlap, paired_stats
+from megatron_rl.ops.divergence import Head, Pair, full_divergence, mixed_head, overlap, pair_figures, paired_stats
 from megatron_rl.ops.vocab_shard import VocabShard
 from tests.unit.test_linear_stats_topk import LargestStorage, draw
 
@@ -120,6 +120,29 @@ def test_mixed_head() -> None:
     logits = 0.7 * one.hidden @ one.weight.t() + 0.3 * other.hidden @ other.weight.t()
     torch.testing.assert_close(dense(mixed), (logits / one.temperature).log_softmax(-1), rtol=0, atol=1e-12)
     assert not mixed.hidden.requires_grad
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_figures(full: bool) -> None:
+    student, teacher = heads()
+    if full:
+        pair = full_divergence(student, teacher, LABELS, alpha=0.5, k=4, shard=WHOLE).pair
+    else:
+        pair = paired_stats(student, teacher, LABELS, support="student", k=4, shard=WHOLE)
+    found = pair_figures(pair)
+    s, t = dense(student).detach(), dense(teacher).detach()
+    mine, theirs = reference.largest(s, 4), reference.largest(t, 4)
+    shared = [len({*a} & {*b}) / 4 for a, b in zip(mine.tolist(), theirs.tolist())]
+    assert found.overlap.tolist() == shared and 0.1 < sum(shared) / N < 0.9
+    assert torch.equal(found.agreement, s.argmax(1) == t.argmax(1))
+    torch.testing.assert_close(found.gap, (t - s).gather(1, LABELS[:, None])[:, 0])
+    torch.testing.assert_close(found.teacher_entropy, -(t.exp() * t).sum(1))
+    if full:
+        assert found.student_mass is None and found.teacher_mass is None
+    else:
+        torch.testing.assert_close(found.student_mass, s.exp().gather(1, mine).sum(1))
+        torch.testing.assert_close(found.teacher_mass, t.exp().gather(1, mine).sum(1))
+    assert not any(x.requires_grad for x in found if x is not None)
 
 
 def test_overlap() -> None:
