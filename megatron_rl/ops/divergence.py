@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_rl.ops.linear_stats import LinearStats, linear_stats, stats_of
-from megatron_rl.ops.logit_stream import add_mm_, keeping, logit_chunks
+from megatron_rl.ops.logit_stream import add_mm_, exp_, keeping, logit_chunks
 from megatron_rl.ops.summary import FLOOR, summarise
 from megatron_rl.ops.vocab_shard import VocabShard
 
@@ -242,25 +242,25 @@ def _mixture(student: Tensor, teacher: Tensor, alpha: float) -> Tensor:
 def _sums(student: Tensor, teacher: Tensor, alpha: float) -> Tensor:
     """[N, 2]: the columns' part of the loss, and of sum_v dL / dlog s_v."""
     if alpha == 0:
-        t = teacher.exp()
+        t = exp_(teacher.clone())
         return torch.stack([(t * (teacher - student)).sum(1), -t.sum(1)], 1)
-    s = student.exp()
+    s = exp_(student.clone())
     if alpha == 1:
         kl = (s * (student - teacher)).sum(1)
         return torch.stack([kl, kl + s.sum(1)], 1)
     mixture = _mixture(student, teacher, alpha)
     of_student = (1 - alpha) * s.mul_(student - mixture).sum(1)
-    of_teacher = alpha * (teacher.exp() * mixture.sub_(teacher).neg_()).sum(1)
+    of_teacher = alpha * mixture.sub_(teacher).neg_().mul_(exp_(teacher)).sum(1)
     return torch.stack([of_student + of_teacher, of_student], 1)
 
 
 def _slope(student: Tensor, teacher: Tensor, alpha: float, slopes: Tensor) -> Tensor:
     """dL/dz [N, columns] of the student's logits, before the temperature; `slopes` [N, 1] is sum_v dL / dlog s_v."""
     if alpha == 0:
-        return student.exp_().mul_(-slopes).sub_(teacher.exp_())
+        return exp_(student).mul_(-slopes).sub_(exp_(teacher))
     factor = (
         (student - teacher + 1).sub_(slopes)
         if alpha == 1
         else (student - _mixture(student, teacher, alpha)).mul_(1 - alpha).sub_(slopes)
     )
-    return factor.mul_(student.exp_())
+    return factor.mul_(exp_(student))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_rl.ops.logit_stream import add_mm_, keeping, logit_chunks
+from megatron_rl.ops.logit_stream import add_mm_, exp_, keeping, logit_chunks
 from megatron_rl.ops.summary import FLOOR, Summary, summarise, within
 from megatron_rl.ops.topk import Places
 from megatron_rl.ops.vocab_shard import VocabShard
@@ -196,11 +196,11 @@ class _Slope:
         """The gradient [N, columns] of the logits, in their place. `labels` count from the shard's first row."""
         shifted = logits.sub_(self.top[:, None])
         if self.slope is None:
-            grad = shifted.exp_().mul_(self.offset[:, None])
+            grad = exp_(shifted).mul_(self.offset[:, None])
         else:
             shifted.clamp_(min=FLOOR)
             factor = torch.addcmul(self.offset[:, None], shifted, self.slope[:, None], value=-1)
-            grad = shifted.exp_().mul_(factor)
+            grad = exp_(shifted).mul_(factor)
         if self.places is not None:
             rows, places, inside = self.places.within(columns)
             # Written, not added: a listed column has no part in the tail.

@@ -4,12 +4,14 @@ Cut Cross-Entropy (Wijmans et al., arXiv 2411.09009) streams them twice, once fo
 the shard are small (KEPT_BYTES) they are kept instead, which saves a matrix product and changes no number.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 KEPT_BYTES = 64 * 2**20
+_LOG2_E = 1 / math.log(2)
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -50,6 +52,11 @@ def logit_chunks(
         if temperature != 1.0:
             logits.mul_(1 / temperature)
         yield columns, logits
+
+
+def exp_(exponents: Tensor) -> Tensor:
+    """e^x in place. As a power of two, which on the CPU takes torch less than half the time."""
+    return exponents.mul_(_LOG2_E).exp2_()
 
 
 def add_mm_(total: Tensor, left: Tensor, right: Tensor) -> None:

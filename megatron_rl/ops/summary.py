@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_rl.ops.logit_stream import logit_chunks, wide_dtype
+from megatron_rl.ops.logit_stream import exp_, logit_chunks, wide_dtype
 from megatron_rl.ops.topk import Given, Largest, Places, merge_largest
 from megatron_rl.ops.vocab_shard import VocabShard
 
@@ -79,7 +79,7 @@ def _shard_rows(
         top = logits.amax(1).clamp(min=least)
         taken = [entries.take(logits, columns, top) for entries in (largest, given) if entries is not None]
         logits.sub_(top[:, None])
-        exp = logits.clamp_(min=FLOOR).exp() if entropy else logits.exp_()
+        exp = exp_(logits.clamp_(min=FLOOR).clone() if entropy else logits)
         more = [logits.mul_(exp).sum(1)] if entropy else []
         if taken:
             more += [exp.sum(1)] if entropy else []
