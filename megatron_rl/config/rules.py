@@ -54,6 +54,7 @@ def _check_positive(config: Config) -> None:
         "eval.every": config.eval.every,
         "eval.samples": config.eval.samples,
         "checkpoint.every": config.checkpoint.every,
+        "checkpoint.keep_every": config.checkpoint.keep_every,
         "rollout.parity_every": config.rollout.parity_every,
         "log.histograms_every": config.log.histograms_every,
     }.items():

@@ -308,7 +308,10 @@ class EvalConfig:
 @dataclass(kw_only=True)
 class CheckpointConfig:
     every: int = 0  # steps; 0: only after the last
-    keep: int = 2
+    keep: int = 2  # the newest
+    keep_every: int = 0  # and those of every so many steps; 0: none
+    background: bool = False  # write while training goes on; costs the memory of a copy
+    load: str | None = None  # a checkpoint or run directory to continue, where run.dir has no checkpoint of its own
 
 
 @dataclass(kw_only=True)
@@ -324,6 +327,7 @@ class RunConfig:
     dir: str = MISSING
     stop_after: int | None = None  # end after this step, as if interrupted; the run can be continued
     resume: bool = True  # continue from the run directory's latest checkpoint where there is one
+    allow_changes: bool = False  # continue although options that change the mathematics are others now
 
 
 @dataclass(kw_only=True)

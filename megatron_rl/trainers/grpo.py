@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from megatron_rl.checkpoint.store import Role
 from megatron_rl.config.schema import GrpoConfig, KLPlace
 from megatron_rl.data.samples import Sample, weighed
 from megatron_rl.data.sources import PromptSource
@@ -92,6 +93,11 @@ class GrpoTrainer:
             "actor/skipped": Sum(float(not update.applied)),
         }
 
+    def roles(self) -> dict[str, Role]:
+        """The reference too: what training started from may be gone, or another, when the run is continued."""
+        reference = self.policies.reference
+        return {"actor": self.actor, **({} if reference is None else {"reference": reference})}
+
     def state(self) -> dict[str, Any]:
         return {"source": self.source.state_dict()}
 
@@ -100,7 +106,7 @@ class GrpoTrainer:
 
 
 def build(config: GrpoConfig, mesh: Mesh) -> GrpoTrainer:
-    """The trainer on this rank. The reference is the model that training starts from, also when it is continued."""
+    """The trainer on this rank. The reference is the model that training starts from."""
     parts = Parts(config)
     actor = ModelWorker(config.model, config.optim, mesh, total_steps=config.train.steps * updates_per_step(config))
     reference = ShardedModel(config.model, mesh) if config.kl.where is not KLPlace.none else None

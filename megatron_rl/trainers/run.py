@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch.distributed as dist
 
 from megatron_rl.checkpoint.hf import write_model
+from megatron_rl.checkpoint.store import Role
 from megatron_rl.config.load import as_dict, save_config
 from megatron_rl.config.rules import Config
 from megatron_rl.config.schema import GrpoConfig, SftConfig
@@ -21,7 +22,7 @@ from megatron_rl.trainers.banner import banner
 from megatron_rl.trainers.data import held_out_prompts
 from megatron_rl.trainers.evaluate import Evaluator
 from megatron_rl.trainers.parts import Parts
-from megatron_rl.trainers.resume import checkpoint_store, latest_checkpoint
+from megatron_rl.trainers.resume import checkpoint_store, differences, latest_checkpoint, origin
 from megatron_rl.types import RolloutGroup
 from megatron_rl.workers.model_worker import ModelWorker
 
@@ -29,10 +30,12 @@ SHOWN_ANSWERS = 8
 
 
 class Trainer(Protocol):
-    """What a trainer brings: its parts and the model it trains, one step, and what else must be saved of it."""
+    """What a trainer brings: its parts and the model it trains, one step, and what must be saved of it."""
 
     parts: Parts
     actor: ModelWorker
+
+    def roles(self) -> dict[str, Role]: ...
 
     def step(self, step: int, timer: Timer) -> StepLog: ...
 
@@ -74,6 +77,7 @@ class Run:
             self.evaluator = Evaluator(trainer.parts, trainer.actor, held_out.all())
         self.timer = Timer()
         self.writer: Writer | None = None
+        self.differences: list[str] = []
 
     def loop(self) -> None:
         done = self._resume()
@@ -91,12 +95,17 @@ class Run:
                 config=as_dict(self.config),
             )
             print(banner(self.config, self.mesh, self.trainer.actor, done), flush=True)
+            for difference in self.differences:
+                print(f"{'changed':<14} {difference}", flush=True)
         try:
             if done == 0:
                 self._log(0, self._evaluate(0))
             for step in range(done + 1, last + 1):
                 self._step(step)
-            if last == self.config.train.steps and last > done:
+                self.store.poll()
+            self.store.complete()
+            # An earlier process may have been killed between its last checkpoint and its export.
+            if last == self.config.train.steps and (last > done or not (self.directory / "hf").is_dir()):
                 self._export()
                 self._draw(last)
         finally:
@@ -120,8 +129,7 @@ class Run:
             metrics |= self._evaluate(step)
         self._log(step, metrics, histograms if self._due(step, self.config.log.histograms_every) else {})
         if self._due(step, self.config.checkpoint.every) or final or step == self.config.run.stop_after:
-            state = {"trainer": self.config.trainer, "state": self.trainer.state()}
-            self.store.save(step, {"actor": self.trainer.actor}, state)
+            self.store.save(step, self.trainer.roles(), {**origin(self.config), "state": self.trainer.state()})
 
     @staticmethod
     def _due(step: int, every: int) -> bool:
@@ -132,7 +140,8 @@ class Run:
         path = latest_checkpoint(self.config)
         if path is None:
             return 0
-        state = self.store.load(path, {"actor": self.trainer.actor})
+        self.differences = differences(path, self.config)
+        state = self.store.load(path, self.trainer.roles(), other_roles=self.config.run.allow_changes)
         self.trainer.load_state(state["state"])
         return int(state["step"])
 

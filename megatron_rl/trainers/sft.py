@@ -3,6 +3,7 @@
 from statistics import fmean
 from typing import Any
 
+from megatron_rl.checkpoint.store import Role
 from megatron_rl.config.schema import SftConfig
 from megatron_rl.data.chat import encode_response
 from megatron_rl.data.samples import from_example, weighed
@@ -44,6 +45,9 @@ class SftTrainer:
             "perf/total_num_tokens": float(sum(map(len, samples))),
         }
         return StepLog(scalars, {"response_length": lengths})
+
+    def roles(self) -> dict[str, Role]:
+        return {"actor": self.actor}
 
     def state(self) -> dict[str, Any]:
         return {"source": self.source.state_dict()}

@@ -116,8 +116,11 @@ class ModelWorker(ShardedModel):
         return export_weights(self.models, self.mesh, lambda parameter: _main_grad(parameter))
 
     def sharded_state(self, *, loading: bool) -> dict[str, Any]:
-        """Parameters and optimizer as megatron-core's sharded tensors (which reshard), and the schedule."""
+        """Parameters and optimizer as megatron-core's sharded tensors, and the schedule."""
         weights = self._sharded_weights()
+        if self.version == 0:  # Adam makes its moments at the first step
+            for part in self.optimizer.chained_optimizers:
+                part.init_state_fn(part.optimizer, part.config)
         return {
             **weights,
             "optimizer": self.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=self._metadata()),
@@ -126,14 +129,11 @@ class ModelWorker(ShardedModel):
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Takes back what `sharded_state` gave out."""
-        for name, model in zip(self._names(), self.models):
-            model.load_state_dict(state[name])
+        super().load_state(state)
         self.optimizer.load_state_dict(state["optimizer"])
         # megatron-core adds the saved count to the present one.
         self.scheduler.num_steps = 0
         self.scheduler.load_state_dict(state["scheduler"])
-        self.version = state["version"]
 
     def close(self) -> None:
         """Frees the buffers and process groups of a worker that the process is to outlive.

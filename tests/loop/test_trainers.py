@@ -54,9 +54,8 @@ def steps(run: Path) -> list[dict]:
 
 
 def comparable(row: dict) -> dict:
-    """What must not depend on time, nor on when the engine was last compared with the trainer."""
-    skipped = ("timing_s/", "perf/", "rollout/log_prob_gap")
-    return {key: value for key, value in row.items() if not key.startswith(skipped) and key != "time"}
+    """What must not depend on time."""
+    return {key: value for key, value in row.items() if not key.startswith(("timing_s/", "perf/")) and key != "time"}
 
 
 @pytest.fixture(scope="module")
