@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -85,6 +86,8 @@ class ShardedWrite:
 
     def __init__(self, tree: dict[str, Any], directory: Path, *, copy: bool) -> None:
         self.directory = directory
+        # The manifest's SHA-256 covers every byte; a checksum per tensor would double the time of a write.
+        torch.serialization.set_crc32_options(False)
         sharded, common = save_preprocess(tree)
         with together(f"writing {directory}"), _disk_errors():
             TorchCommonSaveStrategy("torch", VERSION).save_common(common, str(directory))

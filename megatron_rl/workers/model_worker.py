@@ -20,6 +20,7 @@ from megatron_rl.models.exchange import export_weights
 from megatron_rl.parallel.collect import reduce_metrics
 from megatron_rl.parallel.mesh import Mesh
 from megatron_rl.parallel.schedule import LossFunction, run_schedule
+from megatron_rl.workers import adam_state
 from megatron_rl.workers.objective import Objective, token_stats
 from megatron_rl.workers.sharded_model import DTYPES, ShardedModel
 
@@ -118,19 +119,16 @@ class ModelWorker(ShardedModel):
     def sharded_state(self, *, loading: bool) -> dict[str, Any]:
         """Parameters and optimizer as megatron-core's sharded tensors, and the schedule."""
         weights = self._sharded_weights()
-        if self.version == 0:  # Adam makes its moments at the first step
-            for part in self.optimizer.chained_optimizers:
-                part.init_state_fn(part.optimizer, part.config)
         return {
             **weights,
-            "optimizer": self.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=self._metadata()),
+            "optimizer": adam_state.sharded_state(self.optimizer, weights, self.mesh.dp_group, loading=loading),
             "scheduler": self.scheduler.state_dict(),
             "version": self.version,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         super().load_state(state)
-        self.optimizer.load_state_dict(state["optimizer"])
+        adam_state.load_state(self.optimizer, state["optimizer"], self.mesh.dp_group)
         # megatron-core adds the saved count to the present one.
         self.scheduler.num_steps = 0
         self.scheduler.load_state_dict(state["scheduler"])

@@ -71,8 +71,6 @@ class ShardedModel:
     def _metadata(self) -> dict[str, Any]:
         """How megatron-core is to write: a format that any other layout can read."""
         return {
-            "distrib_optim_sharding_type": "fully_reshardable",
-            "chained_optim_avoid_prefix": True,
             "singleton_local_shards": False,
             "dp_cp_group": self.mesh.dp_group,
         }
