@@ -1,16 +1,13 @@
-"""What a run is watched for: one table of rules over the logged figures, and the monitor that applies it.
+"""What a run is watched for: one table of rules over the logged figures.
 
-The table is read by the guards of a running job, and can be read over the rows of a finished job's `metrics.jsonl`:
-both find the same. Every rule says what it reads, when that is wrong, the likely cause and what to try.
+Every rule says what it reads, when that is wrong, the likely cause and what to try.
 """
 
 import difflib
-import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from statistics import fmean, median
-from typing import Any, NamedTuple
+from typing import Any
 
 
 class Kind(StrEnum):
@@ -37,7 +34,8 @@ class Rule:
 
     `patience` is the number of steps in a row on which the condition must hold. `floor` is the least threshold that
     `above_median` and `above_start` come to. `scale` names the figure that measures a `fall`. With `unless` (a figure
-    and a value) the rule keeps silent while that figure is at least the value. `option` names the option that sets
+    and a value) the rule keeps silent while that figure is at least the value. With `keep_samples` the step's samples
+    are written beside the alarm. `option` names the option that sets
     the limit or the patience, where it has one of its own.
     """
 
@@ -51,9 +49,15 @@ class Rule:
     scale: str = ""
     unless: tuple[str, float] | None = None
     action: Action = Action.warn
+    keep_samples: bool = False
     option: str = ""
     cause: str
     remedy: str
+
+    @property
+    def is_lower_bound(self) -> bool:
+        """Whether it fires below its threshold."""
+        return self.kind in (Kind.below, Kind.below_start, Kind.fall)
 
     def condition(self) -> str:
         """When it fires, as a reader would write it."""
@@ -81,9 +85,9 @@ TABLE = (
         limit=1e-3,
         action=Action.stop,
         option="rollout.parity_tolerance",
-        cause="A large gap on every token means that the engine did not get the trainer's weights, another "
+        cause="a large gap on every token means that the engine did not get the trainer's weights, another "
         "temperature, or another rotary embedding; a small one means lower precision",
-        remedy="raise the tolerance for bfloat16",
+        remedy="compare the engine's config with the trainer's, or raise the tolerance for bfloat16",
     ),
     Rule(
         name="weight_checksum",
@@ -144,6 +148,7 @@ TABLE = (
         figures=("actor/skipped",),
         kind=Kind.above,
         limit=0,
+        keep_samples=True,
         cause="a loss or a gradient was not finite, and the update was left out",
         remedy="if it comes again, lower optim.lr or optim.clip_grad and look at the rewards and ratios of the step",
     ),
@@ -165,6 +170,7 @@ TABLE = (
         limit=10,
         window=20,
         floor=1.0,
+        keep_samples=True,
         cause="a few samples with extreme ratios or rewards, or a learning rate on the edge",
         remedy="look at the step's samples, lower optim.clip_grad or optim.lr",
     ),
@@ -316,90 +322,3 @@ def chosen_rules(
     return [
         replace(rule, **own.get(rule.name, {}), **stopping.get(rule.name, {})) for rule in TABLE if rule.name not in off
     ]
-
-
-class Alarm(NamedTuple):
-    """One finding: which rule, where, and by how much. `threshold` is what the value was compared with."""
-
-    step: int
-    rule: Rule
-    figure: str
-    value: float
-    threshold: float
-
-    @property
-    def message(self) -> str:
-        """What was seen, the likely cause and what to try, in one line."""
-        rule = self.rule
-        side = "below" if rule.kind in (Kind.below, Kind.below_start, Kind.fall) else "above"
-        seen = f"the mean of {self.figure}" if rule.kind is Kind.fall else self.figure
-        steps = f" on {rule.patience} steps in a row" if rule.patience > 1 else ""
-        return (
-            f"step {self.step}: {rule.name}: {seen} is {self.value:.4g}, {side} {self.threshold:.4g}{steps}. Likely "
-            f"cause: {rule.cause}. To try: {rule.remedy}"
-        )
-
-
-class Watch:
-    """Rules over a run's figures, step by step. A rule that has raised an alarm is silent until it has recovered.
-
-    What it remembers is plain JSON, so that a continued run raises the alarms of the uninterrupted one.
-    """
-
-    def __init__(self, rules: Sequence[Rule]) -> None:
-        self.rules = list(rules)
-        self.memory: dict[str, dict[str, Any]] = {}
-
-    def __call__(self, step: int, figures: Mapping[str, float | None]) -> list[Alarm]:
-        """The alarms that this step raises. `figures` are the step's row of `metrics.jsonl`, or what goes there."""
-        row = {name: value for name, value in figures.items() if value is not None and math.isfinite(value)}
-        found = (self._judge(step, rule, figure, row) for rule in self.rules for figure in rule.figures)
-        return [alarm for alarm in found if alarm is not None]
-
-    def _judge(self, step: int, rule: Rule, figure: str, row: Mapping[str, float]) -> Alarm | None:
-        if figure not in row:
-            return None
-        memory = self.memory.setdefault(f"{rule.name} {figure}", {"in_a_row": 0})
-        value, threshold = _compare(rule, row[figure], row.get(rule.scale, 0.0), memory)
-        below = rule.kind in (Kind.below, Kind.below_start, Kind.fall)
-        excused = rule.unless is not None and row.get(rule.unless[0], -math.inf) >= rule.unless[1]
-        wrong = threshold is not None and not excused and (value < threshold if below else value > threshold)
-        memory["in_a_row"] = memory["in_a_row"] + 1 if wrong else 0
-        if threshold is None or memory["in_a_row"] != rule.patience:
-            return None
-        return Alarm(step, rule, figure, value, threshold)
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that later alarms depend on, as JSON."""
-        return {key: {name: _copy(value) for name, value in memory.items()} for key, memory in self.memory.items()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from `state_dict`."""
-        self.memory = {key: {name: _copy(value) for name, value in memory.items()} for key, memory in state.items()}
-
-
-def _copy(value: Any) -> Any:
-    return list(value) if isinstance(value, list) else value
-
-
-def _compare(rule: Rule, value: float, scale: float, memory: dict[str, Any]) -> tuple[float, float | None]:
-    """What is to be compared with what; None for the latter while too little has been seen. Adds to the memory."""
-    if rule.kind in (Kind.above, Kind.below):
-        return value, rule.limit
-    seen: list[float] = memory.setdefault("seen", [])
-    if rule.kind is Kind.above_median:
-        threshold = max(rule.limit * median(seen), rule.floor) if len(seen) >= rule.window // 2 else None
-        memory["seen"] = [*seen, value][-rule.window :]
-        return value, threshold
-    if rule.kind is Kind.fall:
-        seen = memory["seen"] = [*seen, value][-rule.window :]
-        memory["scale"] = max(memory.get("scale", 0.0), scale)
-        if len(seen) < rule.window:
-            return value, None
-        mean = fmean(seen)
-        best = memory["best"] = max(memory.get("best", mean), mean)
-        return mean, best - rule.limit * memory["scale"]
-    if len(seen) < rule.window:
-        seen.append(value)
-        return value, None
-    return value, max(rule.limit * median(seen), rule.floor if rule.kind is Kind.above_start else -math.inf)

@@ -20,6 +20,7 @@ from megatron_rl.trainers import grpo, sft
 from megatron_rl.trainers.banner import banner
 from megatron_rl.trainers.data import held_out_prompts
 from megatron_rl.trainers.evaluate import Evaluator
+from megatron_rl.trainers.guards import Guards
 from megatron_rl.trainers.parts import Parts
 from megatron_rl.trainers.resume import checkpoint_store, latest_checkpoint
 from megatron_rl.types import RolloutGroup
@@ -72,6 +73,7 @@ class Run:
         self.evaluator = None
         if held_out is not None:
             self.evaluator = Evaluator(trainer.parts, trainer.actor, held_out.all())
+        self.guards = Guards(config)
         self.timer = Timer()
         self.writer: Writer | None = None
 
@@ -105,7 +107,7 @@ class Run:
 
     def _step(self, step: int) -> None:
         with self.timer("step"):
-            metrics, histograms = self.trainer.step(step, self.timer)
+            metrics, histograms, samples = self.trainer.step(step, self.timer)
         seconds = self.timer.metrics()
         self.timer.reset()
         rate = metrics["perf/total_num_tokens"] / seconds["timing_s/step"]
@@ -119,8 +121,9 @@ class Run:
         if self._due(step, self.config.eval.every) or final:
             metrics |= self._evaluate(step)
         self._log(step, metrics, histograms if self._due(step, self.config.log.histograms_every) else {})
+        self.guards(step, metrics, samples)
         if self._due(step, self.config.checkpoint.every) or final or step == self.config.run.stop_after:
-            state = {"trainer": self.config.trainer, "state": self.trainer.state()}
+            state = {"trainer": self.config.trainer, "state": self.trainer.state(), "guards": self.guards.state_dict()}
             self.store.save(step, {"actor": self.trainer.actor}, state)
 
     @staticmethod
@@ -134,6 +137,7 @@ class Run:
             return 0
         state = self.store.load(path, {"actor": self.trainer.actor})
         self.trainer.load_state(state["state"])
+        self.guards.load_state_dict(state["guards"])
         return int(state["step"])
 
     def _evaluate(self, step: int) -> dict[str, float]:
