@@ -140,8 +140,7 @@ TABLE = (
         limit=0.9,
         patience=3,
         cause="responses do not end: the limit is too short for the task, or the model has forgotten to stop",
-        remedy="raise rollout.max_new_tokens, check the tokens that end a response, or set "
-        "algorithm.overlong_buffer",
+        remedy="raise rollout.max_new_tokens, check the tokens that end a response, or set algorithm.overlong_buffer",
     ),
     Rule(
         name="skipped_update",
@@ -311,14 +310,13 @@ def chosen_rules(
     for name in limits:
         if RULES[name].option:
             raise ValueError(f"guards.limits.{name}={limits[name]:g}: this one is set by {RULES[name].option}")
-    own: dict[str, dict[str, Any]] = {
-        "parity": {"limit": parity_tolerance},
-        "skipped_in_a_row": {"patience": max_skipped_steps},
-        "negative_kl": {"limit": -0.05} if signed_kl else {},
-    }
+    own: dict[str, dict[str, Any]] = {rule.name: {} for rule in TABLE}
+    own["parity"]["limit"] = parity_tolerance
+    own["skipped_in_a_row"]["patience"] = max_skipped_steps
+    if signed_kl:
+        own["negative_kl"]["limit"] = -0.05
     for name, limit in limits.items():
-        own[name] = {"limit": limit}
-    stopping = {name: {"action": Action.stop} for name in stop}
-    return [
-        replace(rule, **own.get(rule.name, {}), **stopping.get(rule.name, {})) for rule in TABLE if rule.name not in off
-    ]
+        own[name]["limit"] = limit
+    for name in stop:
+        own[name]["action"] = Action.stop
+    return [replace(rule, **own[rule.name]) for rule in TABLE if rule.name not in off]

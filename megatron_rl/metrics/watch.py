@@ -1,6 +1,7 @@
 """The monitor that applies rules to a run's figures, step by step.
 
-It is fed by the guards of a running job, and can be fed the rows of a finished job's `metrics.jsonl`: both find the same.
+It is fed by the guards of a running job, and can be fed the rows of a finished job's `metrics.jsonl`: both find the
+same.
 """
 
 import math
@@ -55,7 +56,9 @@ class Watch:
         memory = self.memory.setdefault(f"{rule.name} {figure}", {"in_a_row": 0})
         value, threshold = _compare(rule, row[figure], row.get(rule.scale, 0.0), memory)
         excused = rule.unless is not None and row.get(rule.unless[0], -math.inf) >= rule.unless[1]
-        wrong = threshold is not None and not excused and (value < threshold if rule.is_lower_bound else value > threshold)
+        wrong = (
+            threshold is not None and not excused and (value < threshold if rule.is_lower_bound else value > threshold)
+        )
         memory["in_a_row"] = memory["in_a_row"] + 1 if wrong else 0
         if threshold is None or memory["in_a_row"] != rule.patience:
             return None

@@ -10,7 +10,9 @@ from megatron_rl.types import Rollout, RolloutGroup
 Example = tuple[Sequence[int], Sequence[int]]  # token ids of a prompt and of its response
 
 
-def audit_rollouts(groups: Sequence[RolloutGroup], samples: Sequence[Sample], stop: Collection[int]) -> dict[str, float]:
+def audit_rollouts(
+    groups: Sequence[RolloutGroup], samples: Sequence[Sample], stop: Collection[int]
+) -> dict[str, float]:
     """Of a rollout batch and the samples made of it, masks final. `stop` are the ids that end a response."""
     pairs = [(group, rollout) for group in groups for rollout in group.rollouts]
     examples = [(group.prompt.token_ids, rollout.token_ids) for group, rollout in pairs]
