@@ -29,7 +29,7 @@ class Alarm(NamedTuple):
         seen = f"the mean of {self.figure}" if rule.kind is Kind.fall else self.figure
         steps = f" on {rule.patience} steps in a row" if rule.patience > 1 else ""
         return (
-            f"step {self.step}: {rule.name}: {seen} is {self.value:.4g}, {side} {self.threshold:.4g}{steps}. Likely "
+            f"step {self.step}: {rule.name}: {seen} is {self.value + 0.0:.4g}, {side} {self.threshold:.4g}{steps}. Likely "
             f"cause: {rule.cause}. To try: {rule.remedy}"
         )
 
