@@ -28,9 +28,10 @@ class Alarm(NamedTuple):
         side = "below" if rule.is_lower_bound else "above"
         seen = f"the mean of {self.figure}" if rule.kind is Kind.fall else self.figure
         steps = f" on {rule.patience} steps in a row" if rule.patience > 1 else ""
+        # Adding zero makes zero of a negative zero.
         return (
-            f"step {self.step}: {rule.name}: {seen} is {self.value + 0.0:.4g}, {side} {self.threshold:.4g}{steps}. Likely "
-            f"cause: {rule.cause}. To try: {rule.remedy}"
+            f"step {self.step}: {rule.name}: {seen} is {self.value + 0.0:.4g}, {side} {self.threshold:.4g}{steps}. "
+            f"Likely cause: {rule.cause}. To try: {rule.remedy}"
         )
 
 
