@@ -123,8 +123,8 @@ def test_measured_curves_raise_nothing(sweep: str) -> None:
     assert len(runs) > 2 and all(len(rows) >= 30 for rows in runs.values())
     for rows in runs.values():
         assert findings(rows) == []
-        # The same curve backwards is a fall.
-        assert {alarm.rule.name for alarm in findings(rows[::-1])} == {"reward_fall"}
+        if sweep == "layouts":  # a hundred steps, of which the first lie far below the last: backwards they are a fall
+            assert {alarm.rule.name for alarm in findings(rows[::-1])} == {"reward_fall"}
 
 
 def test_thresholds() -> None:
