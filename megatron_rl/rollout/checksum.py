@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 22  # elements at once, so that what is held beside the tensor stays below 100 MiB
+BLOCK = 1 << 17  # elements at once: what is held of them in 64 bits stays in a CPU's cache
 # 2^64 over the golden ratio, as a signed number (Knuth, The Art of Computer Programming 3, 6.4).
 STEP = 0x9E3779B97F4A7C15 - (1 << 64)
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -11,16 +11,18 @@ BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @torch.no_grad()
 def checksum(tensor: Tensor) -> int:
-    """sum_i w_i b_i modulo 2^64: b_i the bits of element i, w_i an odd number hashed from i.
+    """sum_k u_k sum_j w_j b_kj modulo 2^64; b_kj: bits of element j in block k; u, w: odd numbers hashed from k and j.
 
-    The weights make it depend on the order. They mix the place's bits, so that swapping equal-sized blocks does not
-    cancel as it would under weights linear in i. Shapes are not looked at.
+    The weights make it depend on the order. They mix the bits of the place, so that blocks which change places do not
+    cancel as they can under weights linear in it. Shapes are not looked at.
     """
     flat = tensor.detach().contiguous().flatten().view(BITS[tensor.element_size()])
-    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for start in range(0, flat.numel(), CHUNK):
-        bits = flat[start : start + CHUNK].long()
-        place = torch.arange(start, start + bits.numel(), device=tensor.device) * STEP
-        # Whatever overflows wraps around, on every device.
-        total += (bits * ((place ^ (place >> 31)) | 1)).sum()
-    return int(total.item())
+    within = _odd_numbers(0, min(BLOCK, flat.numel()), tensor.device)
+    # Whatever overflows wraps around, on every device.
+    sums = torch.stack([(bits.long() * within[: len(bits)]).sum() for bits in flat.split(BLOCK)])
+    return int((sums * _odd_numbers(BLOCK, len(sums), tensor.device)).sum())
+
+
+def _odd_numbers(start: int, count: int, device: torch.device) -> Tensor:
+    place = torch.arange(start, start + count, device=device) * STEP
+    return (place ^ (place >> 31)) | 1

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from megatron_rl.metrics.rules import RULES
@@ -28,24 +29,22 @@ def push(
 
     Every tensor's checksum is taken on its way to the engine, and again of the engine's own copy. Collective.
     """
-    if engine.version == version:
-        return {}
-    if not check:
-        engine.load_weights(named_weights(), version)
-        return {}
-    sent: dict[str, int] = {}
+    if engine.version != version:
+        sent: dict[str, int] = {}
+        engine.load_weights(_noting(named_weights(), engine.dtype, sent) if check else named_weights(), version)
+        held = engine.checksums(sent)
+        # On all ranks alike: one that stopped by itself would leave the others waiting.
+        check_weights(gather_over_world([name for name in sent if held[name] != sent[name]]), len(sent), version)
+    return {"sync/wrong_tensors": 0.0} if check else {}
 
-    def watched() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in named_weights():
-            sent[name] = checksum(tensor.to(engine.dtype))
-            yield name, tensor
 
-    engine.load_weights(watched(), version)
-    held = engine.checksums(sent)
-    # On all ranks alike: one that stopped by itself would leave the others waiting.
-    wrong = gather_over_world([name for name in sent if held[name] != sent[name]])
-    check_weights(wrong, len(sent), version)
-    return {"sync/wrong_tensors": float(len(wrong))}
+def _noting(
+    weights: Iterator[tuple[str, Tensor]], dtype: torch.dtype, sent: dict[str, int]
+) -> Iterator[tuple[str, Tensor]]:
+    """The weights as they are; the checksums that an engine of this precision must find are left in `sent`."""
+    for name, tensor in weights:
+        sent[name] = checksum(tensor.to(dtype))
+        yield name, tensor
 
 
 def check_weights(wrong: Sequence[str], tensors: int, version: int) -> None:

@@ -6,30 +6,38 @@ import torch
 from megatron_rl.rollout import checksum as module
 from megatron_rl.rollout.checksum import checksum
 
-MASK = (1 << 64) - 1
+BLOCK = 10
+
+
+def signed(number: int) -> int:
+    number &= (1 << 64) - 1
+    return number - (1 << 64) if number >> 63 else number
+
+
+def odd_number(place: int) -> int:
+    place = signed(place * 0x9E3779B97F4A7C15)
+    return (place ^ (place >> 31)) | 1
 
 
 def definition(tensor: torch.Tensor) -> int:
-    """sum_i w_i b_i in Python's own integers."""
+    """The double sum in Python's own integers."""
     total = 0
     for i, bits in enumerate(tensor.flatten().view(torch.int32).tolist()):
-        place = i * 0x9E3779B97F4A7C15 & MASK
-        signed = place - (1 << 64) if place >> 63 else place
-        total += bits * ((signed ^ (signed >> 31)) | 1)
-    total &= MASK
-    return total - (1 << 64) if total >> 63 else total
+        total += odd_number(BLOCK + i // BLOCK) * odd_number(i % BLOCK) * bits
+    return signed(total)
 
 
-def test_it_is_its_definition_however_it_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_its_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BLOCK", BLOCK)
     tensor = torch.randn(7, 9, generator=torch.Generator().manual_seed(1))
-    expected = definition(tensor)
-    assert checksum(tensor) == expected
-    monkeypatch.setattr(module, "CHUNK", 10)
-    assert checksum(tensor) == expected
-    assert checksum(tensor.T.contiguous().T) == expected  # the same values, stored another way
+    assert checksum(tensor) == definition(tensor)
+    assert checksum(tensor.T.contiguous().T) == definition(tensor)  # the same values, stored another way
+    assert checksum(tensor[:0]) == 0
 
 
-def test_every_change_is_seen() -> None:
+@pytest.mark.parametrize("block", [100, module.BLOCK])
+def test_every_change_is_seen(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setattr(module, "BLOCK", block)
     generator = torch.Generator().manual_seed(2)
     tensor = torch.randn(64, 32, generator=generator)
     rows = torch.arange(64)
@@ -47,8 +55,10 @@ def test_every_change_is_seen() -> None:
     assert len({checksum(tensor), *sums.values()}) == len(changed) + 1
 
 
-def test_blocks_that_change_places_do_not_cancel() -> None:
+@pytest.mark.parametrize("block", [4, module.BLOCK])
+def test_blocks_that_change_places_do_not_cancel(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     """Under weights linear in the place these four would: the second pair moves back what the first moved ahead."""
+    monkeypatch.setattr(module, "BLOCK", block)
     a, b = torch.full((4,), 1.0), torch.full((4,), 2.0)
     assert checksum(torch.cat([a, b, b, a])) != checksum(torch.cat([b, a, a, b]))
 
