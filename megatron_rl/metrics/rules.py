@@ -159,7 +159,7 @@ TABLE = (
         patience=3,
         action=Action.stop,
         option="guards.max_skipped_steps",
-        cause="losses or gradients are no longer finite; the weights are still those before the first such step",
+        cause="losses or gradients are no longer finite; no such update has touched the weights",
         remedy="continue from an earlier checkpoint with a lower optim.lr, or in float32",
     ),
     Rule(
