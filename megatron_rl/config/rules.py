@@ -43,6 +43,7 @@ def _check_positive(config: Config) -> None:
         "reward.deadline_s": config.reward.deadline_s,
         "optim.clip_grad": config.optim.clip_grad,
         "checkpoint.keep": config.checkpoint.keep,
+        "guards.max_skipped_steps": config.guards.max_skipped_steps,
     }
     if config.parallel.dp is not None:
         values["parallel.dp"] = config.parallel.dp

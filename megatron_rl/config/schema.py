@@ -315,6 +315,16 @@ class CheckpointConfig:
 
 
 @dataclass(kw_only=True)
+class GuardsConfig:
+    """What a run is watched for; docs/guards.md has the rules."""
+
+    off: list[str] = field(default_factory=list)  # rules that are not watched
+    stop: list[str] = field(default_factory=list)  # rules that stop the run where they would warn
+    limits: dict[str, float] = field(default_factory=dict)  # rule: limit in place of the table's
+    max_skipped_steps: int = 3  # steps in a row with an update that was not finite; then the run stops
+
+
+@dataclass(kw_only=True)
 class LogConfig:
     """TensorBoard and metrics.jsonl are always written."""
 
@@ -344,6 +354,7 @@ class SftConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
     log: LogConfig = field(default_factory=LogConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
@@ -366,6 +377,7 @@ class GrpoConfig:
     rollout_correction: RolloutCorrectionConfig = field(default_factory=RolloutCorrectionConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
     log: LogConfig = field(default_factory=LogConfig)
     run: RunConfig = field(default_factory=RunConfig)
 

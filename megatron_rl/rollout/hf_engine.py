@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Log
 
 from megatron_rl.parallel.collect import gather_over_world
 from megatron_rl.parallel.device import device
+from megatron_rl.rollout.checksum import checksum
 from megatron_rl.rollout.engine import Sampling
 from megatron_rl.rollout.sampling import draw, sampling_log_probs, uniforms
 from megatron_rl.types import Prompt, Rollout, RolloutGroup
@@ -54,6 +55,7 @@ class HFEngine:
         self.tokenizer, self.stop, self.pad, self.max_sequences = tokenizer, stop, pad, max_sequences
         self.model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=dtype)
         self.model.to(device()).eval()
+        self.dtype = dtype
         self.version = -1
 
     @torch.no_grad()
@@ -69,6 +71,10 @@ class HFEngine:
         if waiting:
             raise RuntimeError(f"the weight update left out {', '.join(sorted(waiting))}")
         self.version = version
+
+    def checksums(self, names: Iterable[str]) -> dict[str, int]:
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        return {name: checksum(parameters[name]) for name in names}
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[RolloutGroup]:
         """Ranks take prompts in turn; the groups come together again on every rank, in the order of the prompts."""

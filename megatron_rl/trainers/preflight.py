@@ -22,6 +22,7 @@ from megatron_rl.models.hf_map import WeightMap
 from megatron_rl.rewards.pool import RewardPool
 from megatron_rl.trainers.correction import read_criteria
 from megatron_rl.trainers.data import held_out_prompts, train_examples, train_prompts
+from megatron_rl.trainers.guards import rules_of
 from megatron_rl.trainers.resume import latest_checkpoint
 
 
@@ -44,6 +45,7 @@ def preflight(config: Config) -> Findings:
     shape = load_shape(config.model.path)
     check_layout(shape, tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp)
     _check_weights(config, shape)
+    rules_of(config)
     tokenizer = load_tokenizer(config.model.path)
     _check_vocabulary(tokenizer, shape)
     lengths, rows = _first_step(config, tokenizer)

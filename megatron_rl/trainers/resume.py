@@ -21,6 +21,7 @@ FREE = (
     "data.train",
     "data.val",
     "eval.",
+    "guards.",
     "log.",
     "model.path",
     "model.weights",

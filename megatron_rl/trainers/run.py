@@ -21,6 +21,7 @@ from megatron_rl.trainers import grpo, sft
 from megatron_rl.trainers.banner import banner
 from megatron_rl.trainers.data import held_out_prompts
 from megatron_rl.trainers.evaluate import Evaluator
+from megatron_rl.trainers.guards import Guards
 from megatron_rl.trainers.parts import Parts
 from megatron_rl.trainers.resume import checkpoint_store, differences, latest_checkpoint, origin
 from megatron_rl.types import RolloutGroup
@@ -75,6 +76,7 @@ class Run:
         self.evaluator = None
         if held_out is not None:
             self.evaluator = Evaluator(trainer.parts, trainer.actor, held_out.all())
+        self.guards = Guards(config)
         self.timer = Timer()
         self.writer: Writer | None = None
         self.differences: list[str] = []
@@ -114,7 +116,7 @@ class Run:
 
     def _step(self, step: int) -> None:
         with self.timer("step"):
-            metrics, histograms = self.trainer.step(step, self.timer)
+            metrics, histograms, samples = self.trainer.step(step, self.timer)
         seconds = self.timer.metrics()
         self.timer.reset()
         rate = metrics["perf/total_num_tokens"] / seconds["timing_s/step"]
@@ -128,8 +130,12 @@ class Run:
         if self._due(step, self.config.eval.every) or final:
             metrics |= self._evaluate(step)
         self._log(step, metrics, histograms if self._due(step, self.config.log.histograms_every) else {})
+        self.guards(step, metrics, samples)
         if self._due(step, self.config.checkpoint.every) or final or step == self.config.run.stop_after:
-            self.store.save(step, self.trainer.roles(), {**origin(self.config), "state": self.trainer.state()})
+            self.store.save(step, self.trainer.roles(), {**origin(self.config), **self._state()})
+
+    def _state(self) -> dict[str, Any]:
+        return {"state": self.trainer.state(), "guards": self.guards.state_dict()}
 
     @staticmethod
     def _due(step: int, every: int) -> bool:
@@ -143,6 +149,7 @@ class Run:
         self.differences = differences(path, self.config)
         state = self.store.load(path, self.trainer.roles(), other_roles=self.config.run.allow_changes)
         self.trainer.load_state(state["state"])
+        self.guards.load_state_dict(state["guards"])
         return int(state["step"])
 
     def _evaluate(self, step: int) -> dict[str, float]:

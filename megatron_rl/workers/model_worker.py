@@ -1,6 +1,7 @@
 """One Megatron model under training: forward_backward, step, saved state."""
 
 import gc
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from megatron_rl.data.samples import Sample
 from megatron_rl.metrics.types import Metrics, merge
 from megatron_rl.models.build import LanguageModel
 from megatron_rl.models.exchange import export_weights
-from megatron_rl.parallel.collect import reduce_metrics
+from megatron_rl.parallel.collect import any_rank, reduce_metrics
 from megatron_rl.parallel.mesh import Mesh
 from megatron_rl.parallel.schedule import LossFunction, run_schedule
 from megatron_rl.workers import adam_state
@@ -48,6 +49,7 @@ class ModelWorker(ShardedModel):
         self.optimizer = get_megatron_optimizer(_optimizer_config(optim, DTYPES[model.dtype.value]), self.chunks)
         self.config.grad_scale_func = self.optimizer.scale_loss
         self.scheduler = _scheduler(self.optimizer, optim, total_steps)
+        self.loss_is_finite = True
 
     def _wrap(self, index: int, chunk: LanguageModel) -> DistributedDataParallel:
         """Gradients are kept and reduced in fp32; the distributed optimizer is on at every size, DP = 1 too."""
@@ -74,6 +76,7 @@ class ModelWorker(ShardedModel):
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        self.loss_is_finite = True
 
         def step(chunk: Any, batch: MicroBatch) -> tuple[Tensor, LossFunction]:
             def loss(hidden: Tensor) -> tuple[Tensor, Metrics]:
@@ -86,7 +89,9 @@ class ModelWorker(ShardedModel):
                     entropy=objective.entropy,
                     chunk=self.vocabulary_chunk,
                 )
-                return objective(stats, batch)
+                outcome = objective(stats, batch)
+                self.loss_is_finite &= math.isfinite(outcome.loss.detach())
+                return outcome
 
             return self._forward(chunk, batch), loss
 
@@ -98,8 +103,14 @@ class ModelWorker(ShardedModel):
         return reduce_metrics(total, self.mesh)
 
     def step(self) -> StepResult:
-        """Clips, updates the weights, advances the learning rate."""
+        """Clips, updates the weights, advances the learning rate; or nothing of it, on every rank.
+
+        Without a loss scaler megatron-core does not look at what it clips: a NaN or an infinite norm would reach every
+        weight and moment. So nothing is asked of it where any rank's loss or gradients are not finite.
+        """
         lr = self.lr
+        if any_rank(not (self.loss_is_finite and self._gradients_are_finite())):
+            return StepResult(math.nan, lr, applied=False)
         applied, grad_norm, _ = self.optimizer.step()
         if applied:
             self.scheduler.step(increment=1)
@@ -142,6 +153,11 @@ class ModelWorker(ShardedModel):
             vars(chunk).clear()
         self.chunks = []
         gc.collect()
+
+    def _gradients_are_finite(self) -> bool:
+        """Of all gradients on this rank, those that the optimizer's norm leaves out as duplicates too."""
+        norms = [buffer.grad_data.norm() for chunk in self.chunks for buffer in chunk.buffers]
+        return bool(torch.stack(norms).isfinite().all())
 
     def _complete_gradients(self) -> None:
         """After reduce-scatter each data-parallel rank holds its shard of the buffer; this fills in the rest."""

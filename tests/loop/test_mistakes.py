@@ -114,6 +114,13 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
         ["train.max_tokens_per_micro_batch=5"],
         ["6 tokens", "max_tokens"],
     ),
+    "unknown guard": (lambda f: None, ["guards.off=[grad_spikes]"], ["guards.off", "'grad_spikes'", "'grad_spike'"]),
+    "limit with an option of its own": (
+        lambda folder: None,
+        ["guards.limits={parity: 0.1}"],
+        ["guards.limits.parity=0.1", "rollout.parity_tolerance"],
+    ),
+    "no skipped steps": (lambda folder: None, ["guards.max_skipped_steps=0"], ["guards.max_skipped_steps=0"]),
     "task without size": (lambda folder: None, ["data.train=reasoning-gym:chain_sum"], ["data.task.size"]),
     "weights that are nowhere": (
         lambda folder: None,
