@@ -13,8 +13,8 @@ from megatron_rl.config.rules import ConfigError
 
 MAX_DEPTH = 50  # those with a meaning have three levels, and what an option itself holds
 # What PyYAML and OmegaConf raise on text that they cannot read: of a wrong `!!int`, `!!bool` or `!!timestamp`, for one,
-# PyYAML passes on what Python says.
-UNREADABLE = (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, LookupError, AttributeError)
+# PyYAML passes on what Python says; of a file that holds a number only, OmegaConf says OSError.
+UNREADABLE = (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, LookupError, AttributeError, OSError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,16 +27,15 @@ class Layer:
 
 def file_layers(path: Path, above: tuple[Path, ...] = ()) -> list[Layer]:
     """The file's layer, after those of the file that its `base` names (relative to it)."""
-    options = _read(path)
+    options = plain(_read(path))
     path = path.resolve() if above else path
     if path.resolve() in above:
         raise ConfigError(f"{above[-1]}: base={str(path)!r} leads back to itself")
-    base = plain(options).get("base")
+    base = options.pop("base", None)
     if base is not None and not isinstance(base, str):
         raise ConfigError(f"{path}: base={base!r} must be the name of a file")
-    options.pop("base", None)
     layers = [] if base is None else file_layers(path.parent / base, (*above, path.resolve()))
-    return [*layers, Layer(str(path), options)]
+    return [*layers, Layer(str(path), OmegaConf.create(options))]
 
 
 def override_layer(override: str) -> Layer:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from megatron_rl.config.layers import Layer, file_layers, override_layer, plain
@@ -126,10 +126,14 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
         raise ConfigError(f"trainer={named[-1]!r} cannot be overridden; the file says {trainer!r}")
     config = OmegaConf.structured(SCHEMAS[trainer])
     origins = dict.fromkeys(_options(SCHEMAS[trainer]), "default")
+    left_open = set()
     for layer in layers:
         config = _merge(config, layer, trainer)
-        written = plain(layer.options)
-        origins.update(dict.fromkeys((key for key in origins if _holds(written, key)), layer.origin))
+        written = {key: value for key in origins for value in _written(plain(layer.options), key)}
+        origins.update(dict.fromkeys(written, layer.origin))
+        left_open = (left_open - set(written)) | {key for key, value in written.items() if value == MISSING}
+    if left_open:
+        raise ConfigError(f"{path}: {min(left_open)} is left open by {MISSING!r} and must be set")
     result = _to_object(config, path)
     for key in _complete(result):
         origins[key] = "derived"
@@ -137,13 +141,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
     return Loaded(result, origins)
 
 
-def _holds(written: Any, key: str) -> bool:
-    """Whether nested options contain the dotted key."""
+def _written(options: Any, key: str) -> list[Any]:
+    """The value of the dotted key in nested options, if they hold it."""
     for part in key.split("."):
-        if not isinstance(written, dict) or part not in written:
-            return False
-        written = written[part]
-    return True
+        if not isinstance(options, dict) or part not in options:
+            return []
+        options = options[part]
+    return [options]
 
 
 def _to_object(config: DictConfig, path: Path) -> Config:

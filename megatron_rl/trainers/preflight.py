@@ -17,7 +17,7 @@ from megatron_rl.config.schema import PRETRAINED, RANDOM, EmaAxis, SftConfig
 from megatron_rl.data.chat import encode_response
 from megatron_rl.data.planner import plan_step
 from megatron_rl.data.tokenizer import load_tokenizer
-from megatron_rl.models.hf_config import ModelShape, check_layout, load_shape, num_parameters
+from megatron_rl.models.hf_config import ModelShape, check_layout, load_shape, num_parameters, tensor_shapes
 from megatron_rl.models.hf_map import WeightMap
 from megatron_rl.rewards.pool import RewardPool
 from megatron_rl.trainers.correction import read_criteria
@@ -79,7 +79,9 @@ def _check_weights(config: Config, shape: ModelShape) -> None:
     """The weights to start from, and the checkpoint that the run would continue from, are of this model."""
     if config.model.weights == PRETRAINED:
         names = WeightMap(shape.family.rules, num_layers=shape.num_layers, tied=shape.tied).hf_names()
-        SafetensorsReader(config.model.path).check(names)
+        reader = SafetensorsReader(config.model.path)
+        reader.check(names)
+        reader.check_shapes(tensor_shapes(config.model.path))
     elif config.model.weights != RANDOM:
         check_model(find_checkpoint(config.model.weights), "actor", shape.identity())
     latest = latest_checkpoint(config)
