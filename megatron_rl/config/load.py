@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,6 +104,14 @@ def _reason(error: Exception) -> str:
     return f"{key}: {first}" if key else first
 
 
+@functools.cache
+def _defaults(trainer: str) -> DictConfig:
+    """The schema and its defaults; merging copies them."""
+    defaults = OmegaConf.structured(SCHEMAS[trainer])
+    assert isinstance(defaults, DictConfig)
+    return defaults
+
+
 def _merge(config: DictConfig, layer: Layer, trainer: str) -> DictConfig:
     try:
         merged = OmegaConf.merge(config, layer.options)
@@ -118,18 +127,19 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
     """Schema defaults < the YAML file's `base` < the file < `a.b=c` overrides; then the checks."""
     path = Path(path)
     layers = [*file_layers(path), *map(override_layer, overrides)]
-    named = [options["trainer"] for layer in layers if "trainer" in (options := plain(layer.options))]
+    named = [held["trainer"] for layer in layers if "trainer" in (held := plain(layer.options))]
     trainer = named[0] if named else None
     if not isinstance(trainer, str) or trainer not in SCHEMAS:
         raise ConfigError(f"{path}: trainer={trainer!r} is not one of {', '.join(SCHEMAS)}")
     if any(other != trainer for other in named):
         raise ConfigError(f"trainer={named[-1]!r} cannot be overridden; the file says {trainer!r}")
-    config = OmegaConf.structured(SCHEMAS[trainer])
+    config = _defaults(trainer)
     origins = dict.fromkeys(_options(SCHEMAS[trainer]), "default")
-    left_open = set()
+    left_open: set[str] = set()
     for layer in layers:
         config = _merge(config, layer, trainer)
-        written = {key: value for key in origins for value in _written(plain(layer.options), key)}
+        options = plain(layer.options)
+        written = {key: value for key in origins for value in _written(options, key)}
         origins.update(dict.fromkeys(written, layer.origin))
         left_open = (left_open - set(written)) | {key for key, value in written.items() if value == MISSING}
     if left_open:

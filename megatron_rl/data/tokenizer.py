@@ -24,7 +24,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     except Exception as error:  # transformers passes on whatever a wrong value in a file made happen
         raise ValueError(
             f"cannot load a tokenizer from {str(path)!r}: {type(error).__name__}: {error}\nName a directory with "
-            "tokenizer.json and tokenizer_config.json, or a hub id. A tokenizer that needs its own Python code is not supported."
+            "tokenizer.json and tokenizer_config.json, or a hub id."
         ) from error
     if tokenizer.eos_token_id is None:
         raise ValueError(

@@ -26,7 +26,7 @@ from megatron_rl.types import Reward
 
 HEADER = struct.Struct("<Q")
 _PR_SET_PDEATHSIG = 1
-_TYPES = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
+_TYPES: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
 
 
 def pack(message: object) -> bytes:
@@ -112,14 +112,13 @@ def load_reward(name: str, options: dict[str, Any], path: list[str]) -> Callable
     return partial(function, **options)
 
 
-def _check_option(name: str, option: str, value: object, signature: inspect.Signature) -> None:
+def _check_option(name: str, option: str, value: Any, signature: inspect.Signature) -> None:
     """An option whose parameter is annotated as a plain type is of that type; a whole number is a float, too."""
     wanted = signature.parameters[option].annotation if option in signature.parameters else None
-    if wanted is float and type(value) in (int, float):
-        fits = math.isfinite(value)  # type: ignore[arg-type]
-    else:
-        fits = wanted not in (bool, int, float, str) or type(value) is wanted
-    if not fits:
+    if wanted not in _TYPES:
+        return
+    fits = type(value) is wanted or (wanted is float and type(value) is int)
+    if not fits or (wanted is float and not abs(value) < math.inf):
         raise ValueError(f"reward={name!r}: the option {option}={value!r} must be {_TYPES[wanted]}; correct it")
 
 
