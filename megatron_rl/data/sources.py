@@ -91,7 +91,6 @@ class ParquetRows(Rows):
         self.name, self.digest = str(path), _file_digest(path)
         try:
             self._table = pyarrow.parquet.read_table(path, memory_map=True)
-            self._check_names()
         except pyarrow.ArrowException as error:
             raise ValueError(f"{path} is not a parquet file: {error}") from error
 
@@ -103,11 +102,6 @@ class ParquetRows(Rows):
             return self._table.slice(index, 1).to_pylist()[0]
         except (ArithmeticError, LookupError) as error:  # a date after the year 9999, a time zone that is none
             raise ValueError(f"it cannot be read: {error}") from error
-
-    def _check_names(self) -> None:
-        names = self._table.column_names
-        if twice := {name for name in names if names.count(name) > 1}:
-            raise ValueError(f"{self.name} has two columns {min(twice)!r}: rename one")
 
     def first_without(self, key: str) -> int | None:
         if key not in self._table.column_names:

@@ -1,6 +1,5 @@
 """Rollout correction in the trainer: samples in, samples with importance weights and narrower loss masks out."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, get_args
@@ -84,10 +83,15 @@ def read_criteria(reject: dict[str, Any]) -> list[Criterion]:
                 f"({', '.join(statistics)}), such as seq_mean_k3; seq_max_k1 is none"
             )
         bounds = [high] if low is None else [high, low]
-        numbers = all(type(value) in (int, float) and 0 < value < math.inf for value in bounds)
-        if not numbers or (low is not None and (statistic != "k1" or low > high)):
+        numbers = all(type(value) in (int, float) and 0 < value < 2**63 for value in bounds)
+        if (
+            not numbers
+            or (low is not None and (statistic != "k1" or low > high))
+            or (low is None and statistic == "k1" and high < 1)
+        ):
             raise ValueError(
-                f"rollout_correction.reject.{name}={bound!r} must be a number above 0, or for k1 [low, high] ratios"
+                f"rollout_correction.reject.{name}={bound!r} must be a number above 0, or for k1 a ratio of at least 1 "
+                "(which allows its inverse, too) or [low, high] ratios"
             )
         criteria.append(Criterion(level, statistic, *map(float, bounds)))  # type: ignore[arg-type]
     return criteria
