@@ -16,10 +16,12 @@ from megatron_rl.config.rules import Config
 from megatron_rl.config.schema import PRETRAINED, RANDOM, EmaAxis, SftConfig
 from megatron_rl.data.chat import encode_response
 from megatron_rl.data.planner import plan_step
+from megatron_rl.data.sources import TASK_PREFIX
 from megatron_rl.data.tokenizer import load_tokenizer
 from megatron_rl.models.hf_config import ModelShape, check_layout, load_shape, num_parameters, tensor_shapes
 from megatron_rl.models.hf_map import WeightMap
 from megatron_rl.rewards.pool import RewardPool
+from megatron_rl.rewards.reasoning import check_task
 from megatron_rl.trainers.correction import read_criteria
 from megatron_rl.trainers.data import held_out_prompts, train_examples, train_prompts
 from megatron_rl.trainers.resume import latest_checkpoint
@@ -51,6 +53,7 @@ def preflight(config: Config) -> Findings:
     if not isinstance(config, SftConfig):
         read_criteria(config.rollout_correction.reject)
     if not isinstance(config, SftConfig) or held_out is not None:
+        _check_tasks(config)
         RewardPool(config.reward.name, config.reward.options, workers=1, deadline_s=config.reward.deadline_s).close()
     _plan(config, lengths)
     return Findings(
@@ -60,6 +63,13 @@ def preflight(config: Config) -> Findings:
         step_lengths=lengths,
         warnings=_warnings(config),
     )
+
+
+def _check_tasks(config: Config) -> None:
+    """The reward would refuse every answer to such a task, one by one."""
+    if config.reward.name == "reasoning":
+        for source in (config.data.train, config.data.val or ""):
+            check_task(source.removeprefix(TASK_PREFIX), evaluate=bool(config.reward.options.get("evaluate")))
 
 
 def _warnings(config: Config) -> list[str]:

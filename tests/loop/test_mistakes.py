@@ -115,6 +115,16 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
         ["6 tokens", "max_tokens"],
     ),
     "task without size": (lambda folder: None, ["data.train=reasoning-gym:chain_sum"], ["data.task.size"]),
+    "task whose verifier runs text": (
+        lambda folder: None,
+        [
+            "data.train=reasoning-gym:puzzle24",
+            "data.task.size=2",
+            "reward.name=reasoning",
+            "data.max_prompt_tokens=999",
+        ],
+        ["'puzzle24'", "reward.options.evaluate=true"],
+    ),
     "weights that are nowhere": (
         lambda folder: None,
         ["model.weights=runs/none"],
