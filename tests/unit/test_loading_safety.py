@@ -171,14 +171,15 @@ def test_rows_name_no_code(tmp_path: Path, mark: Path, monkeypatch: pytest.Monke
 
 def test_tasks_whose_verifiers_run_text_are_refused_unless_asked_for(mark: Path) -> None:
     pytest.importorskip("reasoning_gym", reason="needs the extra megatron_rl[tasks]")
-    prompt, rollout = pair(1, "<answer>3 1</answer>")
+    code = f"__import__('os').mkdir({str(mark)!r})"
+    prompt, rollout = pair(1, f"<answer>{code}</answer>")
+    entry = {"question": "", "answer": code, "metadata": {}}
     for task in sorted(EVALUATING_TASKS):
-        entry = {"question": "", "answer": f"__import__('os').mkdir({str(mark)!r})", "metadata": {"direction": "up"}}
         prompt.row.update({"dataset": task, "entry": entry})  # type: ignore[attr-defined]
         with pytest.raises(ValueError, match=rf"{task}.*evaluates answers and rows as Python code.*evaluate=true"):
             REWARDS["reasoning"](prompt, rollout)
     assert not mark.exists()
-    prompt.row["dataset"] = "number_sorting"  # type: ignore[index]
+    prompt.row.update({"dataset": "string_insertion", "entry": entry | {"answer": "A"}})  # type: ignore[attr-defined]
     REWARDS["reasoning"](prompt, rollout, evaluate=True)
     assert mark.exists(), "there was nothing to refuse"
 
