@@ -8,8 +8,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase
 
+from megatron_rl.models.hf_config import load_config
 from megatron_rl.parallel.collect import gather_over_world
 from megatron_rl.parallel.device import device
 from megatron_rl.rollout.checksum import checksum
@@ -53,7 +54,7 @@ class HFEngine:
         max_sequences: int,
     ) -> None:
         self.tokenizer, self.stop, self.pad, self.max_sequences = tokenizer, stop, pad, max_sequences
-        self.model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=dtype)
+        self.model = AutoModelForCausalLM.from_config(load_config(path), dtype=dtype)
         self.model.to(device()).eval()
         self.dtype = dtype
         self.version = -1

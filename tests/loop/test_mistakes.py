@@ -122,6 +122,16 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
     ),
     "no skipped steps": (lambda folder: None, ["guards.max_skipped_steps=0"], ["guards.max_skipped_steps=0"]),
     "task without size": (lambda folder: None, ["data.train=reasoning-gym:chain_sum"], ["data.task.size"]),
+    "task whose verifier runs text": (
+        lambda folder: None,
+        [
+            "data.train=reasoning-gym:puzzle24",
+            "data.task.size=2",
+            "reward.name=reasoning",
+            "data.max_prompt_tokens=999",
+        ],
+        ["'puzzle24'", "reward.options.evaluate=true"],
+    ),
     "weights that are nowhere": (
         lambda folder: None,
         ["model.weights=runs/none"],
