@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from megatron_rl import __version__
 from megatron_rl.config.load import Loaded, load
 from megatron_rl.config.rules import Config, ConfigError
-from megatron_rl.launch import torchrun
+from megatron_rl.launch import rank, torchrun
 
 VERBS = {
     "train": "train, on this machine's processes or under torchrun",
@@ -39,10 +39,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     count = torchrun.processes(loaded.config.parallel) if options.verb != "verify" else torchrun.ranks_of_machine()
     if count > 1 and not torchrun.under_torchrun():
         return torchrun.launch(count, arguments)
+    rank.enter(stops_gracefully=options.verb == "train")
     try:
         return work(loaded.config, options.verb)
     except ConfigError as error:
         return mistake(error)
+    except RuntimeError as error:
+        if not rank.lost_a_peer(error):
+            raise
+        return rank.leave()
 
 
 def mistake(error: ValueError) -> int:

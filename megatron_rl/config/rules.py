@@ -56,6 +56,7 @@ def _check_positive(config: Config) -> None:
         "checkpoint.every": config.checkpoint.every,
         "rollout.parity_every": config.rollout.parity_every,
         "log.histograms_every": config.log.histograms_every,
+        "run.hang_timeout_s": config.run.hang_timeout_s,
     }.items():
         _require(value >= 0, f"{key}={value} must not be negative")
 

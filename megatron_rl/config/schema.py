@@ -324,6 +324,7 @@ class RunConfig:
     dir: str = MISSING
     stop_after: int | None = None  # end after this step, as if interrupted; the run can be continued
     resume: bool = True  # continue from the run directory's latest checkpoint where there is one
+    hang_timeout_s: float = 120.0  # without progress on any rank, or a sign of life from one, end the run; 0: never
 
 
 @dataclass(kw_only=True)

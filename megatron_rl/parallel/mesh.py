@@ -94,6 +94,11 @@ def join_world(name: str = "world", *, alone: bool = False) -> None:
     )
 
 
+def world_store() -> dist.Store:
+    """The key-value store through which this world met."""
+    return dist.distributed_c10d._get_default_store()
+
+
 def create_mesh(
     *,
     tp: int = 1,
