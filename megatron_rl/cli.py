@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if not rank.lost_a_peer(error):
             raise
-        return rank.leave()
+        rank.leave()
 
 
 def mistake(error: ValueError) -> int:

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from megatron_rl.launch.torchrun import under_torchrun
 from megatron_rl.metrics.progress import NOTES, progress
@@ -33,7 +34,7 @@ def lost_a_peer(error: RuntimeError) -> bool:
     return any(sign in str(error) for sign in signs)
 
 
-def leave() -> None:
+def leave() -> NoReturn:
     """Ends this rank where it lost another one, with one line where nobody else tells the whole story."""
     if NOTES not in os.environ:
         rank = os.environ.get("RANK", "0")

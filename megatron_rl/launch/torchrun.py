@@ -9,11 +9,11 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from megatron_rl.config.schema import ParallelConfig
 from megatron_rl.metrics.progress import NOTES, Place, read_note
-from megatron_rl.parallel.stop import BURST_S, HUNG, LOST, STOP_SIGNALS, said
+from megatron_rl.parallel.stop import HUNG, LOST, STOP_SIGNALS, StopRequest
 
 # Set for the processes that are started here: their config, model and data have been looked at.
 CHECKED = "MEGATRON_RL_CHECKED"
@@ -62,9 +62,8 @@ def launch(count: int, arguments: Sequence[str]) -> int:
     os.environ[CHECKED] = "1"
     command = ["--standalone", f"--nproc-per-node={count}", "--signals-to-handle=SIGINT,SIGHUP,SIGQUIT", "--no-python"]
     command += [sys.executable, "-u", "-m", "megatron_rl", *arguments]
-    with tempfile.TemporaryDirectory(prefix="megatron_rl-") as folder:
+    with tempfile.TemporaryDirectory(prefix="megatron_rl-") as folder, Messenger(Path(folder)) as messenger:
         os.environ[NOTES] = folder
-        messenger = Messenger(Path(folder))
         try:
             run(parse_args(command))
         except ChildFailedError as error:
@@ -76,17 +75,26 @@ def launch(count: int, arguments: Sequence[str]) -> int:
     return 0
 
 
-class Messenger:
-    """Passes signals on to the ranks, which leave their process ids in `folder`.
-
-    The signals stay blocked here and in ranks that are still starting, so that none is lost, and a thread takes them.
-    """
+class Messenger(StopRequest):
+    """Passes signals on to the ranks, which leave their process ids in `folder`."""
 
     def __init__(self, folder: Path) -> None:
+        super().__init__(announce=True)
         self.folder = folder
         self.ended_by = 0  # the exit code, once a second signal has come
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        # The thread takes the signals. Ranks inherit this, and get theirs when they listen: none is lost.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        threading.Thread(target=self._listen, name="stop signals", daemon=True).start()
+        return self
+
+    def first(self, number: signal.Signals) -> None:
+        super().first(number)
+        threading.Thread(target=self._pass_on, args=(number,), name="messenger", daemon=True).start()
+
+    def second(self, number: signal.Signals) -> None:
+        self.ended_by = 128 + number
 
     def notes(self) -> dict[int, tuple[int, Place]]:
         """The process id and place of each rank that has come that far."""
@@ -101,25 +109,18 @@ class Messenger:
             with suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
 
-    def _listen(self) -> None:
-        asked: signal.Signals | None = None
-        since = 0.0
+    def _pass_on(self, number: signal.Signals) -> None:
+        """To each rank once, also to those that are still being started; after a second signal, their end."""
         told: set[int] = set()
-        while True:
-            got = signal.sigtimedwait(STOP_SIGNALS, 0.2)
-            if got is not None and asked is None:
-                asked, since = signal.Signals(got.si_signo), time.monotonic()
-                print(f"megatron-rl: {said(asked)}", file=sys.stderr, flush=True)
-            elif got is not None and time.monotonic() - since > BURST_S:
-                self.ended_by = 128 + got.si_signo
+        while self.folder.exists():
             if self.ended_by:
                 self.kill()
-            elif asked is not None:
-                for rank, (pid, _) in self.notes().items():
-                    if rank not in told:
-                        told.add(rank)
-                        with suppress(ProcessLookupError):
-                            os.kill(pid, asked)
+            for rank, (pid, _) in self.notes().items():
+                if rank not in told:
+                    told.add(rank)
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, number)
+            time.sleep(0.1)
 
 
 def explain(failures: Mapping[int, Any], places: Mapping[int, Place]) -> int:

@@ -10,7 +10,8 @@ from megatron_rl.metrics.progress import progress
 class Timer:
     """Adds up wall-clock seconds by name: `with timer("gen"): ...` becomes `timing_s/gen`.
 
-    Spans may nest; an outer one includes its inner ones. A span is a phase of the process's progress. Work queued on a GPU counts where the host waits for it.
+    Spans may nest; an outer one includes its inner ones. A span is a phase of the process's progress. Work queued on a
+    GPU counts where the host waits for it.
     """
 
     def __init__(self) -> None:

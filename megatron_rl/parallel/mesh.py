@@ -8,6 +8,7 @@ import datetime
 import functools
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -95,8 +96,9 @@ def join_world(name: str = "world", *, alone: bool = False) -> None:
 
 
 def world_store() -> dist.Store:
-    """The key-value store through which this world met."""
-    return dist.distributed_c10d._get_default_store()
+    """The key-value store through which this world met, over a connection of the caller's own."""
+    store: Any = dist.distributed_c10d._get_default_store()
+    return store.clone()
 
 
 def create_mesh(

@@ -10,8 +10,7 @@ import sys
 import threading
 import time
 from types import TracebackType
-
-from megatron_rl.metrics.progress import NOTES
+from typing import Self
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # A batch system signals every process of a job, and what started a rank passes the same signal on to it.
@@ -29,21 +28,33 @@ class StopRequest:
     minutes. So the kernel's side of it writes the signal's number into a pipe, and a thread reads it.
     """
 
-    def __init__(self, announce: bool) -> None:
-        self.announce = announce and NOTES not in os.environ  # there the one who got the signal has said it
+    def __init__(self, *, announce: bool) -> None:
+        self.announce = announce
         self.signal: signal.Signals | None = None
-        self._since = 0.0
 
-    def __enter__(self) -> "StopRequest":
+    @property
+    def asked(self) -> bool:
+        return self.signal is not None
+
+    def first(self, number: signal.Signals) -> None:
+        """What the thread does about the first signal."""
+        if self.announce:
+            announce(number)
+
+    def second(self, number: signal.Signals) -> None:
+        """What it does about a later one."""
+        os._exit(128 + number)
+
+    def __enter__(self) -> Self:
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         self._before = {number: signal.signal(number, lambda *_: None) for number in STOP_SIGNALS}
         self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         _current.append(self)
+        # Whoever starts ranks blocks these signals until here, so that none is lost.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         self._thread = threading.Thread(target=self._listen, name="stop signals", daemon=True)
         self._thread.start()
-        # Whoever starts ranks may have blocked these signals until here, so that none is lost.
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         return self
 
     def __exit__(
@@ -62,25 +73,22 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    @property
-    def asked(self) -> bool:
-        return self.signal is not None
-
     def _listen(self) -> None:
+        since = 0.0
         while (number := os.read(self._read, 1)[0]) != 0:
             if number not in STOP_SIGNALS:
                 continue  # a handler of someone else's
             if self.signal is None:
-                self.signal, self._since = signal.Signals(number), time.monotonic()
-                if self.announce:
-                    print(f"megatron-rl: {said(self.signal)}", file=sys.stderr, flush=True)
-            elif time.monotonic() - self._since > BURST_S:
-                os._exit(128 + number)
+                self.signal, since = signal.Signals(number), time.monotonic()
+                self.first(self.signal)
+            elif time.monotonic() - since > BURST_S:
+                self.second(signal.Signals(number))
 
 
-def said(number: signal.Signals) -> str:
-    """What happens after the first signal."""
-    return f"{number.name}: the run saves and stops at the next step boundary; a second signal ends it at once"
+def announce(number: signal.Signals) -> None:
+    """Says what happens after the first signal."""
+    what = "the run saves and stops at the next step boundary; a second signal ends it at once"
+    print(f"megatron-rl: {number.name}: {what}", file=sys.stderr, flush=True)
 
 
 _current: list[StopRequest] = []

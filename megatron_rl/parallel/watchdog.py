@@ -165,7 +165,7 @@ class Watchdog:
             return record
         frame: FrameType | None = sys._current_frames().get(self._main or 0)
         stack = traceback.extract_stack(frame)
-        return record._replace(waits=waits(stack), stack="".join(stack[-FRAMES:].format()))
+        return record._replace(waits=waits(stack), stack="".join(traceback.format_list(stack[-FRAMES:])))
 
     def _publish(self, record: Record) -> None:
         if self._store is not None:
@@ -217,7 +217,7 @@ def watch(timeout_s: float) -> Iterator[None]:
         return
     alone = dist.get_world_size() == 1
     # A connection of its own: one that waits for an answer would keep the other from asking.
-    store = None if alone else world_store().clone()
+    store = None if alone else world_store()
     watchdog = Watchdog(timeout_s, dist.get_rank(), dist.get_world_size(), store)
     watchdog.start()
     dist.barrier()

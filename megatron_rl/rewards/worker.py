@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def die_with_parent() -> None:
-    """Let the kernel kill this process when the one that started it dies, even by SIGKILL and in the middle of a call."""
+    """Let the kernel kill this process when its parent dies, even by SIGKILL and in the middle of a call."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 

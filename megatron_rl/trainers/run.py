@@ -1,5 +1,6 @@
 """The loop that every trainer runs in: continue, step, evaluate, log, save, export."""
 
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import asdict
@@ -12,7 +13,7 @@ from megatron_rl.checkpoint.hf import write_model
 from megatron_rl.config.load import as_dict, save_config
 from megatron_rl.config.rules import Config
 from megatron_rl.config.schema import GrpoConfig, SftConfig
-from megatron_rl.metrics.progress import bytes_in, progress
+from megatron_rl.metrics.progress import NOTES, bytes_in, progress
 from megatron_rl.metrics.timing import Timer
 from megatron_rl.metrics.types import StepLog
 from megatron_rl.metrics.writer import Writer
@@ -59,7 +60,7 @@ def run(config: Config) -> None:
     layout = asdict(config.parallel)
     mesh = create_mesh(**layout, seed=config.train.seed)
     try:
-        with StopRequest(announce=mesh.rank == 0) as stop, watch(config.run.hang_timeout_s):
+        with StopRequest(announce=mesh.rank == 0 and NOTES not in os.environ) as stop, watch(config.run.hang_timeout_s):
             trainer = build(config, mesh)
             with closing(trainer.parts):
                 Run(config, mesh, trainer, stop).loop()
