@@ -48,8 +48,8 @@ def test_a_rank_without_a_sign_of_life_is_named_though_others_work() -> None:
     verdict = observed(observer, *rows)
     assert verdict == [None, None, None, Verdict((1,), False, 12.0)]
     assert message(verdict[-1], observer, 2).splitlines() == [
-        "megatron-rl: rank 1 has given no sign of life for 12 s: last seen in step 6, phase update_actor on node-a; the "
-        "run ends (run.hang_timeout_s=10)",
+        "megatron-rl: rank 1 has given no sign of life for 12 s: last seen in step 6, phase update_actor on node-a; "
+        "the run ends (run.hang_timeout_s=10)",
         "  rank 0, step 7, phase gen: at work",
     ]
 
