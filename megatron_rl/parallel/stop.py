@@ -50,7 +50,6 @@ class StopRequest:
         os.set_blocking(self._write, False)
         self._before = {number: signal.signal(number, lambda *_: None) for number in STOP_SIGNALS}
         self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        _current.append(self)
         # Whoever starts ranks blocks these signals until here, so that none is lost.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         self._thread = threading.Thread(target=self._listen, name="stop signals", daemon=True)
@@ -60,18 +59,13 @@ class StopRequest:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.let_go()
+        signal.set_wakeup_fd(self._wakeup)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
         os.write(self._write, b"\0")
         self._thread.join()
         os.close(self._read)
         os.close(self._write)
-
-    def let_go(self) -> None:
-        """Puts the handlers back; a forked child does so too, or its signals would be taken for its parent's."""
-        _current.remove(self)
-        signal.set_wakeup_fd(self._wakeup)
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
     def _listen(self) -> None:
         since = 0.0
@@ -91,12 +85,6 @@ def announce(number: signal.Signals) -> None:
     print(f"megatron-rl: {number.name}: {what}", file=sys.stderr, flush=True)
 
 
-_current: list[StopRequest] = []
-
-
-def _in_child() -> None:
-    for request in list(_current):
-        request.let_go()
-
-
-os.register_at_fork(after_in_child=_in_child)
+# A forked helper (a checkpoint's writer) keeps the handlers, which do nothing: a signal to the whole job must not end a
+# save halfway. It must not write into its parent's pipe either.
+os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))

@@ -78,13 +78,17 @@ class Observer:
                 self._moved = now
         self._records.update(records)
         at_work = [rank for rank in self._heard if not self.known(rank).done]
-        silent = {rank: now - self._heard[rank] for rank in at_work if now - self._heard[rank] > self.timeout_s}
-        if silent:
-            return Verdict(tuple(silent), False, min(silent.values()))
-        if not at_work or now - self._moved <= self.timeout_s:
+        silent = {rank: now - self._heard[rank] for rank in at_work}
+        stalled = bool(at_work) and self.stalled_for(now) > self.timeout_s
+        # Once nothing moves, half the time will do: a rank that can speak has sent its stack by then.
+        patience = self.timeout_s / 2 if stalled else self.timeout_s
+        lost = tuple(rank for rank in at_work if silent[rank] > patience)
+        if lost:
+            return Verdict(lost, False, min(silent[rank] for rank in lost))
+        if not stalled:
             return None
         stuck = tuple(rank for rank in at_work if not self.known(rank).waits)
-        return Verdict(stuck or tuple(at_work), True, now - self._moved)
+        return Verdict(stuck or tuple(at_work), True, self.stalled_for(now))
 
     def stalled_for(self, now: float) -> float:
         """Seconds without progress on any rank."""

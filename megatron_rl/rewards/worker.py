@@ -34,7 +34,7 @@ def pack(message: object) -> bytes:
 def main() -> None:
     """Serve one pool until it closes the pipe."""
     die_with_parent()
-    _outlast_signals()
+    outlast_signals()
     requests, replies = _claim_pipes()
     if (hello := _read(requests)) is None:
         return
@@ -62,7 +62,7 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _outlast_signals() -> None:
+def outlast_signals() -> None:
     """A batch system may signal every process of a job, to make it save and stop: the pool ends this one, not they.
 
     The handler does nothing, where SIG_IGN would be inherited by the commands that a reward runs.

@@ -17,11 +17,11 @@ with StopRequest(announce=True) as stop:
     child = os.fork()
     if child == 0:
         os.write(is_ready, b"!")
-        time.sleep(60)
-        os._exit(1)
+        time.sleep(0.5)
+        os._exit(7)
     os.read(ready, 1)
     os.kill(child, signal.SIGTERM)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     assert not stop.asked
     threading.Timer(0.2, lambda: [os.kill(os.getpid(), signal.SIGUSR1) for _ in range(3)]).start()
     seen = []
@@ -53,7 +53,7 @@ def python(code: str) -> subprocess.CompletedProcess:
 
 
 def test_a_signal_is_noticed_while_the_main_thread_waits() -> None:
-    """A burst is one signal, a forked child's are its own, and afterwards all is as it was."""
+    """A burst is one signal, a forked child's does nothing, and afterwards all is as it was."""
     done = python(ASKED)
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
     assert done.stderr == (

@@ -54,6 +54,13 @@ def test_a_rank_without_a_sign_of_life_is_named_though_others_work() -> None:
     ]
 
 
+def test_a_rank_that_fell_silent_after_its_last_progress_is_out_of_reach() -> None:
+    """It sent a few records more, and then nothing, no stack either."""
+    observer = Observer(2, timeout_s=10.0, now=0.0)
+    rows = [(i, {0: record(i, 0, waits=i > 5), 1: record(min(i, 3), 0)}) for i in range(1, 13)]
+    assert observed(observer, *rows) == [None] * 11 + [Verdict((1,), False, 9.0)]
+
+
 def test_a_store_that_does_not_answer() -> None:
     """Nothing is heard of the others: they are out of reach, or we are."""
     observer = Observer(3, timeout_s=10.0, now=0.0)
