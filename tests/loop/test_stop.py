@@ -115,7 +115,7 @@ def nothing_is_left(folder: Path, before: Set[psutil.Process] = frozenset()) -> 
         (
             hang_in_a_loop,
             [HUNG, HUNG],
-            "megatron-rl: rank 1 has made no progress for 5 s: step 2, phase step; the run ends .run.hang_timeout_s=5.\n",
+            "megatron-rl: rank 1 has made no progress for 5 s: step 2, phase step; the run ends .run.hang_timeout",
             ["in hang_in_a_loop", "time.sleep(0.01)", "in _step"],
         ),
         (
