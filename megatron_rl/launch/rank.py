@@ -39,5 +39,6 @@ def leave() -> NoReturn:
     if NOTES not in os.environ:
         rank = os.environ.get("RANK", "0")
         print(f"megatron-rl: rank {rank} lost another rank in {progress.place}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
     # At once: what libraries do at exit may wait for the one that is gone.
     os._exit(LOST)
