@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from megatron_rl.types import RunError
+
 MANIFEST = "manifest.json"
 
 # What torch's description of sharded tensors is made of. It is a pickle, and a pickle can call anything. Values that
@@ -31,7 +33,7 @@ DESCRIPTION = {
 }
 
 
-class DamagedCheckpoint(ValueError):
+class DamagedCheckpoint(RunError):
     """A file of a checkpoint is missing, or is not what was written."""
 
 

@@ -38,6 +38,7 @@ from megatron_rl.checkpoint.manifest import (
 from megatron_rl.checkpoint.writing import SaveError, ShardedWrite, together
 from megatron_rl.parallel.collect import any_rank, gather_over_world
 from megatron_rl.parallel.generators import generator_states, restore_generators
+from megatron_rl.types import RunError
 
 # isort: split
 from megatron.core import dist_checkpointing
@@ -160,7 +161,7 @@ class CheckpointStore:
         state = read_state(path)
         known = {name: role for name, role in roles.items() if name in state["models"]}
         if not other_roles and set(roles) != set(state["models"]):
-            raise ValueError(
+            raise RunError(
                 f"the checkpoint {path} holds {', '.join(sorted(state['models']))}, and this run "
                 f"{', '.join(sorted(roles))}"
             )
@@ -271,7 +272,7 @@ def _load(path: Path, tree: dict[str, Any], strict: StrictHandling) -> dict[str,
         try:
             loaded: dict[str, Any] = dist_checkpointing.load(tree, str(path), strict=strict)
         except CheckpointingException as error:
-            raise ValueError(f"the checkpoint {path} does not fit this run: {' '.join(str(error).split())}") from error
+            raise RunError(f"the checkpoint {path} does not fit this run: {' '.join(str(error).split())}") from error
     return loaded
 
 

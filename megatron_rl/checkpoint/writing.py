@@ -17,6 +17,7 @@ from torch import Tensor
 
 import megatron_rl.parallel.device  # noqa: F401  (installs the CPU backend before megatron-core)
 from megatron_rl.parallel.collect import gather_over_world
+from megatron_rl.types import RunError
 
 # isort: split
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
@@ -34,7 +35,7 @@ assert hasattr(filesystem_async, "_get_write_results_queue"), "megatron-core's c
 filesystem_async._get_write_results_queue = queue.SimpleQueue
 
 
-class SaveError(RuntimeError):
+class SaveError(RunError):
     """A checkpoint could not be written; what was saved before is as it was."""
 
 

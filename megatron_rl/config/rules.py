@@ -102,6 +102,7 @@ def _check_positive(config: Config) -> None:
         "checkpoint.keep_every": config.checkpoint.keep_every,
         "rollout.parity_every": config.rollout.parity_every,
         "log.histograms_every": config.log.histograms_every,
+        "run.hang_timeout_s": config.run.hang_timeout_s,
     }.items():
         _require(value >= 0, f"{key}={value} must not be negative")
     for key, value in (("optim.beta1", config.optim.beta1), ("optim.beta2", config.optim.beta2)):

@@ -338,6 +338,7 @@ class RunConfig:
     stop_after: int | None = None  # end after this step, as if interrupted; the run can be continued
     resume: bool = True  # continue from the run directory's latest checkpoint where there is one
     allow_changes: bool = False  # continue although options that change the mathematics are others now
+    hang_timeout_s: float = 120.0  # without progress on any rank, or a sign of life from one, end the run; 0: never
 
 
 @dataclass(kw_only=True)

@@ -37,7 +37,8 @@ def pack(message: object) -> bytes:
 
 def main() -> None:
     """Serve one pool until it closes the pipe."""
-    _die_with_parent()
+    die_with_parent()
+    outlast_signals()
     requests, replies = _claim_pipes()
     if (hello := _read(requests)) is None:
         return
@@ -59,10 +60,20 @@ def main() -> None:
         _write(replies, reward)
 
 
-def _die_with_parent() -> None:
-    """Let the kernel kill this process when the trainer dies, even by SIGKILL and in the middle of a call."""
+def die_with_parent() -> None:
+    """Let the kernel kill this process when its parent dies, even by SIGKILL and in the middle of a call."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def outlast_signals() -> None:
+    """A batch system may signal every process of a job, to make it save and stop: the pool ends this one, not they.
+
+    The handler does nothing, where SIG_IGN would be inherited by the commands that a reward runs.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
 def _claim_pipes() -> tuple[BinaryIO, BinaryIO]:
@@ -78,6 +89,8 @@ def _claim_pipes() -> tuple[BinaryIO, BinaryIO]:
         # A child forked by the reward must neither answer in our place nor hold the pipe open after our death.
         os.dup2(null, requests, inheritable=False)
         os.dup2(null, replies, inheritable=False)
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_DFL)
 
     os.register_at_fork(after_in_child=let_go)
     return os.fdopen(requests, "rb"), os.fdopen(replies, "wb")

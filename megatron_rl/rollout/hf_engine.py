@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase
 
+from megatron_rl.metrics.progress import tick
 from megatron_rl.models.hf_config import load_config
 from megatron_rl.parallel.collect import gather_over_world
 from megatron_rl.parallel.device import device
@@ -28,6 +29,7 @@ class KeyedSampler(LogitsProcessor):
         self.log_kept: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        tick()
         s = self.sampling
         log_probs, log_kept = sampling_log_probs(scores, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p)
         token = draw(log_probs, self.uniform[:, len(self.log_probs)])[:, None]

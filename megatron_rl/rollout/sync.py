@@ -9,12 +9,12 @@ from megatron_rl.metrics.rules import RULES
 from megatron_rl.parallel.collect import gather_over_world
 from megatron_rl.rollout.checksum import checksum
 from megatron_rl.rollout.engine import Engine
-from megatron_rl.types import Rollout
+from megatron_rl.types import Rollout, RunError
 
 SHOWN_TENSORS = 3
 
 
-class ParityError(RuntimeError):
+class ParityError(RunError):
     """Engine and trainer disagree about the policy."""
 
 

@@ -14,9 +14,10 @@ from megatron_rl.metrics.rules import Action, Rule, chosen_rules
 from megatron_rl.metrics.watch import Alarm, Watch
 from megatron_rl.metrics.writer import drop_from
 from megatron_rl.parallel.collect import from_first_rank
+from megatron_rl.types import RunError
 
 
-class GuardError(RuntimeError):
+class GuardError(RunError):
     """A guard that stops runs has fired."""
 
 

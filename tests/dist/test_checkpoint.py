@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_rl.types import RunError
 from tests.dist.pool import Pool
 from tests.dist.test_worker import make_worker, update
 from tests.models import tiny_model
@@ -103,7 +104,7 @@ def refusals(model: str, directory: str, damages: list[tuple[str, str]]) -> list
         try:
             store(directory).load(path, {"actor": worker})
             said.append("")
-        except ValueError as error:
+        except RunError as error:
             said.append(str(error))
         dist.barrier()
         if dist.get_rank() == 0:
@@ -141,12 +142,12 @@ def test_every_damaged_file_is_refused_by_name(pool: Pool, model: str, tmp_path:
     # Without reading the tensors, before any process is started, `latest` refuses what is missing or cut off.
     for name in names:
         shutil.move(path / name, tmp_path / "aside")
-        with pytest.raises(ValueError, match=f"{name}.*To go back to step_00000001"):
+        with pytest.raises(RunError, match=f"{name}.*To go back to step_00000001"):
             store(str(tmp_path)).latest()
         shutil.move(tmp_path / "aside", path / name)
     for pointed in ("step_00000007", "..", "\0"):
         (tmp_path / "latest").write_text(pointed)
-        with pytest.raises(ValueError, match=r"latest names .* no such checkpoint"):
+        with pytest.raises(RunError, match=r"latest names .* no such checkpoint"):
             store(str(tmp_path)).latest()
     (tmp_path / "latest").write_text("step_00000001")
     assert store(str(tmp_path)).latest() == tmp_path / "step_00000001"
