@@ -90,8 +90,8 @@ def read_criteria(reject: dict[str, Any]) -> list[Criterion]:
             or (low is None and statistic == "k1" and high < 1)
         ):
             raise ValueError(
-                f"rollout_correction.reject.{name}={bound!r} must be a number above 0, or for k1 a ratio of at least 1 "
-                "(which allows its inverse, too) or [low, high] ratios"
+                f"rollout_correction.reject.{name}={bound!r} must be a number above 0 (for k1 at least 1), "
+                "or for k1 [low, high] ratios"
             )
         criteria.append(Criterion(level, statistic, *map(float, bounds)))  # type: ignore[arg-type]
     return criteria
