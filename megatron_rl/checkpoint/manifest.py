@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from megatron_rl.metrics.progress import tick
 from megatron_rl.types import RunError
 
 MANIFEST = "manifest.json"
@@ -56,6 +57,7 @@ def measure(directory: Path, names: Iterable[str]) -> dict[str, Entry]:
     def entry(name: str) -> tuple[str, Entry]:
         with (directory / name).open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
+            tick()
             return name, Entry(file.tell(), digest)
 
     with ThreadPoolExecutor(4) as threads:

@@ -85,6 +85,6 @@ def announce(number: signal.Signals) -> None:
     print(f"megatron-rl: {number.name}: {what}", file=sys.stderr, flush=True)
 
 
-# A forked helper (a checkpoint's writer) keeps the handlers, which do nothing: a signal to the whole job must not end a
-# save halfway. It must not write into its parent's pipe either.
+# A helper that a library forks keeps the handlers, which do nothing: a signal to the whole job is for the rank alone.
+# It must not write into its parent's pipe either.
 os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))

@@ -191,7 +191,7 @@ def test_overrides(folder: Path) -> None:
 
     drawn = st.lists(override | st.text(max_size=8), max_size=3)
     tally = run("overrides", check, st.sampled_from(sorted(SCHEMAS)), drawn)
-    assert tally["accepted"] > 10 and tally["refused"] > 100, tally
+    assert tally["accepted"] > 0 and tally["refused"] > 100, tally
 
 
 def test_sections_of_any_shape(folder: Path) -> None:
