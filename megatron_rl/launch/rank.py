@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from megatron_rl.launch.torchrun import under_torchrun
+from megatron_rl.launch.torchrun import CHECKED, under_torchrun
 from megatron_rl.metrics.progress import NOTES, progress
 from megatron_rl.parallel.stop import LOST, STOP_SIGNALS
 from megatron_rl.rewards.worker import die_with_parent
@@ -22,6 +22,8 @@ def enter(*, stops_gracefully: bool) -> None:
     os.register_at_fork(after_in_child=die_with_parent)
     if under_torchrun():
         die_with_parent()
+        if os.environ.get(CHECKED, str(os.getppid())) != str(os.getppid()):
+            os._exit(LOST)  # it had died before we could say so
         if folder := os.environ.get(NOTES):
             progress.note_in(Path(folder) / os.environ["RANK"])
     if not stops_gracefully:

@@ -15,7 +15,7 @@ from megatron_rl.config.schema import ParallelConfig
 from megatron_rl.metrics.progress import NOTES, Place, read_note
 from megatron_rl.parallel.stop import HUNG, LOST, STOP_SIGNALS, StopRequest
 
-# Set for the processes that are started here: their config, model and data have been looked at.
+# Set, to this process's id, for those that are started here: their config, model and data have been looked at.
 CHECKED = "MEGATRON_RL_CHECKED"
 
 
@@ -59,7 +59,7 @@ def launch(count: int, arguments: Sequence[str]) -> int:
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // count)))
-    os.environ[CHECKED] = "1"
+    os.environ[CHECKED] = str(os.getpid())
     command = ["--standalone", f"--nproc-per-node={count}", "--signals-to-handle=SIGINT,SIGHUP,SIGQUIT", "--no-python"]
     command += [sys.executable, "-u", "-m", "megatron_rl", *arguments]
     with tempfile.TemporaryDirectory(prefix="megatron_rl-") as folder, Messenger(Path(folder)) as messenger:

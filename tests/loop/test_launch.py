@@ -63,11 +63,15 @@ def test_a_world_that_does_not_fit_the_layout(place: Path, tmp_path: Path) -> No
     assert not (tmp_path / "run").exists()
 
 
+# The number of steps may change where the learning rate does not depend on it.
+ENDLESS = ("parallel.dp=2", "optim.schedule=constant")
+
+
 @contextmanager
 def started(place: Path, run_dir: Path) -> Iterator[tuple[subprocess.Popen, list[psutil.Process]]]:  # noqa: F811
     """A run of two ranks without an end, and the ranks. Afterwards nothing is left of it."""
     before, shared_memory = processes_in(place), set(os.listdir("/dev/shm"))
-    options = ["train", SFT, "parallel.dp=2", "train.steps=100000", "eval.limit=1", f"run.dir={run_dir}"]
+    options = ["train", SFT, *ENDLESS, "train.steps=100000", "eval.limit=1", f"run.dir={run_dir}"]
     command = [sys.executable, "-m", "megatron_rl", *options]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, cwd=place, text=True, **streams) as run:
@@ -83,9 +87,10 @@ def started(place: Path, run_dir: Path) -> Iterator[tuple[subprocess.Popen, list
 def wait_for_ranks(run: subprocess.Popen) -> list[psutil.Process]:
     deadline = time.monotonic() + 120
     while run.poll() is None and time.monotonic() < deadline:
-        ranks = [child for child in psutil.Process(run.pid).children() if "megatron_rl" in child.cmdline()]
-        if len(ranks) == 2:
-            return sorted(ranks, key=lambda rank: rank.environ()["RANK"])
+        # Between its fork and its exec a child looks like its parent.
+        ranks = {child.environ().get("RANK"): child for child in psutil.Process(run.pid).children()}
+        if {"0", "1"} <= ranks.keys():
+            return [ranks["0"], ranks["1"]]
         time.sleep(0.1)
     raise AssertionError("the run has not started its ranks")
 
@@ -111,7 +116,7 @@ def test_a_signal_stops_the_run_after_a_step(pool: Pool, place: Path, tmp_path: 
         f"megatron-rl: stopped by SIGTERM after step {last}; checkpoint saved; run the same command to go on"
     )
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == f"step_{last:08d}\n"
-    options = ["parallel.dp=2", "eval.limit=1", f"train.steps={last + 1}", f"run.dir={tmp_path}/run"]
+    options = [*ENDLESS, "eval.limit=1", f"train.steps={last + 1}", f"run.dir={tmp_path}/run"]
     pool.run(train, 2, str(place), SFT, options)
     assert [row["step"] for row in steps(tmp_path / "run")] == list(range(last + 2))
 
