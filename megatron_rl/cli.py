@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from megatron_rl import __version__
 from megatron_rl.config.load import Loaded, load
 from megatron_rl.config.rules import Config, ConfigError
-from megatron_rl.launch import torchrun
+from megatron_rl.launch import rank, torchrun
+from megatron_rl.types import RunError
 
 VERBS = {
     "train": "train, on this machine's processes or under torchrun",
@@ -32,20 +33,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         loaded = load(options.config, options.overrides)
         if options.verb != "verify":
             look(loaded, options.verb)
-    except ValueError as error:
+    except (ValueError, RunError) as error:
         return mistake(error)
     if options.verb == "check":
         return 0
     count = torchrun.processes(loaded.config.parallel) if options.verb != "verify" else torchrun.ranks_of_machine()
     if count > 1 and not torchrun.under_torchrun():
         return torchrun.launch(count, arguments)
+    rank.enter(stops_gracefully=options.verb == "train")
     try:
         return work(loaded.config, options.verb)
     except ConfigError as error:
         return mistake(error)
+    except RunError as error:
+        mistake(error)
+        return 1
+    except RuntimeError as error:
+        if not rank.lost_a_peer(error):
+            raise
+        rank.leave()
 
 
-def mistake(error: ValueError) -> int:
+def mistake(error: Exception) -> int:
     """Says it in one line, once."""
     if torchrun.is_first():
         print(f"megatron-rl: {' '.join(str(error).split())}", file=sys.stderr)

@@ -11,6 +11,10 @@ from typing import Any, Literal
 FinishReason = Literal["stop", "length"]
 
 
+class RunError(RuntimeError):
+    """A run that was sound cannot go on. The message says why in one line, the same on every rank."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
     """One question.

@@ -3,11 +3,11 @@
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -16,6 +16,9 @@ SHARD_BYTES = 4 * 2**30
 # Frequencies that old checkpoints carry and every model computes for itself.
 IGNORED_SUFFIX = "rotary_emb.inv_freq"
 
+FLOATS = ("F32", "BF16", "F16")
+PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
+
 
 class SafetensorsReader:
     """Slices of the tensors in a directory's safetensors files, which stay open."""
@@ -23,19 +26,18 @@ class SafetensorsReader:
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         index = self.directory / INDEX
+        self.handles: dict[str, Any] = {}
         self.files: dict[str, str] = {}
         if index.is_file():
-            self.files = json.loads(index.read_text())["weight_map"]
+            self.files = _read_index(index)
         else:
             for path in sorted(self.directory.glob("*.safetensors")):
-                with safe_open(path, "pt") as handle:
-                    self.files.update(dict.fromkeys(handle.keys(), path.name))
+                self.files.update(dict.fromkeys(self._handle(path.name).keys(), path.name))
         if not self.files:
-            raise ValueError(f"model.path={str(directory)!r} holds no *.safetensors: give a Hugging Face directory")
+            raise ValueError(f"model.path={str(directory)!r} holds no *.safetensors: {_instead(self.directory)}")
         missing = sorted({name for name in self.files.values() if not (self.directory / name).is_file()})
         if missing:
             raise ValueError(f"{self.directory}: the index names {', '.join(missing)}, which is not there")
-        self.handles: dict[str, Any] = {}
 
     def check(self, expected: frozenset[str]) -> None:
         """Refuses a checkpoint that lacks a tensor of the model, or holds one the model has no place for."""
@@ -47,13 +49,36 @@ class SafetensorsReader:
         if surplus:
             raise ValueError(f"{self.directory} holds {_some(surplus)}, for which the model's config has no place")
 
+    def check_shapes(self, expected: Mapping[str, tuple[int, ...]]) -> None:
+        """Refuses tensors of another model's shape, and those that are not floating point; reads headers only."""
+        for name, shape in expected.items():
+            held, dtype = self.shape(name), self._slice(name).get_dtype()
+            if held != shape or dtype not in FLOATS:
+                raise ValueError(
+                    f"{self.directory / self.files[name]} holds {name} as {dtype} {list(held)}; the model's config "
+                    f"asks for {' or '.join(FLOATS)} {list(shape)}"
+                )
+
     def _slice(self, name: str) -> Any:
         if name not in self.files:
             raise ValueError(f"{self.directory} has no tensor {name!r}")
-        file = self.files[name]
+        handle = self._handle(self.files[name])
+        try:
+            return handle.get_slice(name)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{self.directory / self.files[name]} has no tensor {name!r}, as the index says"
+            ) from error
+
+    def _handle(self, file: str) -> Any:
         if file not in self.handles:
-            self.handles[file] = safe_open(self.directory / file, "pt")
-        return self.handles[file].get_slice(name)
+            try:
+                self.handles[file] = safe_open(self.directory / file, "pt")
+            except (SafetensorError, OSError) as error:
+                raise ValueError(
+                    f"{self.directory / file} is damaged or no safetensors file: {error}; fetch it again"
+                ) from error
+        return self.handles[file]
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._slice(name).get_shape())
@@ -68,6 +93,32 @@ class SafetensorsReader:
 
     def columns(self, name: str, start: int, stop: int) -> Tensor:
         return self._slice(name)[:, start:stop]
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor name -> file, which must lie in the same directory and be safetensors."""
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    files = held.get("weight_map") if isinstance(held, dict) else None
+    if not isinstance(files, dict):
+        raise ValueError(f"{path} has no weight_map of tensor names and files")
+    for name, file in files.items():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise ValueError(f"{path}: {name} must lie in a *.safetensors file of this directory, not {file!r}")
+    return files
+
+
+def _instead(directory: Path) -> str:
+    """What to do in a directory without safetensors."""
+    pickles = sorted(path.name for path in directory.glob("*") if path.suffix in PICKLES)
+    if not pickles:
+        return "give a Hugging Face directory"
+    return (
+        f"{_some(pickles)} may hold any program and is never opened; if you trust it, convert it once with "
+        "transformers: AutoModelForCausalLM.from_pretrained(path).save_pretrained(path)"
+    )
 
 
 def _some(names: Iterable[str]) -> str:

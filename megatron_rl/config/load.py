@@ -2,15 +2,16 @@
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
-from yaml import YAMLError
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from megatron_rl.config.layers import Layer, file_layers, override_layer, plain
 from megatron_rl.config.rules import Config, ConfigError, check
 from megatron_rl.config.schema import (
     SCHEMAS,
@@ -78,14 +79,6 @@ class Loaded:
     origins: dict[str, str]
 
 
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    """Some options and where they were written."""
-
-    origin: str
-    options: DictConfig
-
-
 def _options(schema: type, prefix: str = "") -> Iterator[str]:
     """Every option of a schema, as a dotted key."""
     for item in dataclasses.fields(schema):
@@ -105,67 +98,52 @@ def _unknown(trainer: str, key: str) -> ConfigError:
     return ConfigError(f"unknown key {key!r} for trainer {trainer!r}{hint}")
 
 
-def _merge(config: DictConfig, layer: _Layer, trainer: str) -> DictConfig:
+def _reason(error: Exception) -> str:
+    """What OmegaConf says, without the lines about its own types, after the option it says it of."""
+    key, first = getattr(error, "full_key", None), next(iter(str(error).splitlines()), type(error).__name__)
+    return f"{key}: {first}" if key else first
+
+
+@functools.cache
+def _defaults(trainer: str) -> DictConfig:
+    """The schema and its defaults; merging copies them."""
+    defaults = OmegaConf.structured(SCHEMAS[trainer])
+    assert isinstance(defaults, DictConfig)
+    return defaults
+
+
+def _merge(config: DictConfig, layer: Layer, trainer: str) -> DictConfig:
     try:
         merged = OmegaConf.merge(config, layer.options)
     except ConfigKeyError as error:
         raise _unknown(trainer, str(error.full_key)) from error
-    except (ValidationError, OmegaConfBaseException) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{layer.origin}: {getattr(error, 'full_key', '') or 'config'}: {reason}") from error
+    except (OmegaConfBaseException, TypeError) as error:  # a TypeError where one is a list and the other is not
+        raise ConfigError(f"{layer.origin}: {_reason(error)}") from error
     assert isinstance(merged, DictConfig)
     return merged
-
-
-def _read(path: Path) -> DictConfig:
-    if not path.is_file():
-        raise ConfigError(f"config file {str(path)!r} does not exist")
-    try:
-        options = OmegaConf.load(path)
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(options, DictConfig):
-        raise ConfigError(f"{path} must hold keys and values, not a list")
-    return options
-
-
-def _file_layers(path: Path, above: tuple[Path, ...] = ()) -> list[_Layer]:
-    """The file's layer, after those of the file that its `base` names (relative to it)."""
-    path = path.resolve() if above else path
-    if path.resolve() in above:
-        raise ConfigError(f"{above[-1]}: base={str(path)!r} leads back to itself")
-    options = _read(path)
-    base = options.pop("base", None)
-    layers = [] if base is None else _file_layers(path.parent / str(base), (*above, path.resolve()))
-    return [*layers, _Layer(str(path), options)]
-
-
-def _override_layer(override: str) -> _Layer:
-    key, equals, _ = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"override {override!r} is not of the form a.b=c")
-    try:
-        return _Layer(f"override {override!r}", OmegaConf.from_dotlist([override]))
-    except (YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"override {override!r} cannot be read: {' '.join(str(error).split())}") from error
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
     """Schema defaults < the YAML file's `base` < the file < `a.b=c` overrides; then the checks."""
     path = Path(path)
-    layers = [*_file_layers(path), *map(_override_layer, overrides)]
-    named = [layer.options.get("trainer") for layer in layers if "trainer" in layer.options]
+    layers = [*file_layers(path), *map(override_layer, overrides)]
+    named = [held["trainer"] for layer in layers if "trainer" in (held := plain(layer.options))]
     trainer = named[0] if named else None
-    if trainer not in SCHEMAS:
+    if not isinstance(trainer, str) or trainer not in SCHEMAS:
         raise ConfigError(f"{path}: trainer={trainer!r} is not one of {', '.join(SCHEMAS)}")
     if any(other != trainer for other in named):
         raise ConfigError(f"trainer={named[-1]!r} cannot be overridden; the file says {trainer!r}")
-    config = OmegaConf.structured(SCHEMAS[trainer])
+    config = _defaults(trainer)
     origins = dict.fromkeys(_options(SCHEMAS[trainer]), "default")
+    left_open: set[str] = set()
     for layer in layers:
         config = _merge(config, layer, trainer)
-        written = OmegaConf.to_container(layer.options)
-        origins.update(dict.fromkeys((key for key in origins if _holds(written, key)), layer.origin))
+        options = plain(layer.options)
+        written = {key: value for key in origins for value in _written(options, key)}
+        origins.update(dict.fromkeys(written, layer.origin))
+        left_open = (left_open - set(written)) | {key for key, value in written.items() if value == MISSING}
+    if left_open:
+        raise ConfigError(f"{path}: {min(left_open)} is left open by {MISSING!r} and must be set")
     result = _to_object(config, path)
     for key in _complete(result):
         origins[key] = "derived"
@@ -173,13 +151,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
     return Loaded(result, origins)
 
 
-def _holds(written: Any, key: str) -> bool:
-    """Whether nested options contain the dotted key."""
+def _written(options: Any, key: str) -> list[Any]:
+    """The value of the dotted key in nested options, if they hold it."""
     for part in key.split("."):
-        if not isinstance(written, dict) or part not in written:
-            return False
-        written = written[part]
-    return True
+        if not isinstance(options, dict) or part not in options:
+            return []
+        options = options[part]
+    return [options]
 
 
 def _to_object(config: DictConfig, path: Path) -> Config:
@@ -189,8 +167,8 @@ def _to_object(config: DictConfig, path: Path) -> Config:
         if missing:
             raise ConfigError(f"{path}: {missing[0]} must be set (file or {missing[0]}=VALUE)")
         result = OmegaConf.to_object(config)
-    except (MissingMandatoryValue, OmegaConfBaseException) as error:
-        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {_reason(error)}") from error
     assert isinstance(result, SftConfig | GrpoConfig)
     return result
 

@@ -1,5 +1,10 @@
 """Values and combinations that cannot be run."""
 
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
 from megatron_rl.config.schema import (
     Advantage,
     CorrectionLevel,
@@ -15,6 +20,8 @@ from megatron_rl.config.schema import (
 
 Config = SftConfig | GrpoConfig
 
+# More than this is a slip of the hand, and would keep the check itself busy for hours.
+MOST_RANKS, MOST_SEQUENCES = 2**16, 2**20
 AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 
 
@@ -25,6 +32,33 @@ class ConfigError(ValueError):
 def _require(holds: bool, message: str) -> None:
     if not holds:
         raise ConfigError(message)
+
+
+def _numbers(section: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Every option that is a number, by its dotted key."""
+    for item in dataclasses.fields(section):
+        value = getattr(section, item.name)
+        if dataclasses.is_dataclass(value):
+            yield from _numbers(value, f"{prefix}{item.name}.")
+        elif isinstance(value, int | float):
+            yield prefix + item.name, value
+
+
+def _check_size(config: Config) -> None:
+    """Numbers that can be computed with, and a step that can be planned."""
+    for key, value in _numbers(config):
+        _require(math.isfinite(value), f"{key}={value} must be a finite number")
+        _require(abs(value) < 2**63 or isinstance(value, float), f"{key}={value} does not fit 64 bits")
+    parallel, group_size = config.parallel, config.rollout.group_size if isinstance(config, GrpoConfig) else 1
+    _require(
+        parallel.tp * parallel.pp * (parallel.dp or 1) <= MOST_RANKS,
+        f"parallel.tp={parallel.tp} times pp={parallel.pp} times dp={parallel.dp or 1} is more than {MOST_RANKS} ranks",
+    )
+    _require(
+        config.train.batch_size * group_size <= MOST_SEQUENCES,
+        f"train.batch_size={config.train.batch_size} with {group_size} responses to a prompt is more than "
+        f"{MOST_SEQUENCES} sequences in a step",
+    )
 
 
 def _check_positive(config: Config) -> None:
@@ -42,22 +76,37 @@ def _check_positive(config: Config) -> None:
         "reward.workers": config.reward.workers,
         "reward.deadline_s": config.reward.deadline_s,
         "optim.clip_grad": config.optim.clip_grad,
+        "optim.eps": config.optim.eps,
         "checkpoint.keep": config.checkpoint.keep,
+        "guards.max_skipped_steps": config.guards.max_skipped_steps,
     }
-    if config.parallel.dp is not None:
-        values["parallel.dp"] = config.parallel.dp
+    where_set = {
+        "parallel.dp": config.parallel.dp,
+        "rollout.parity_tolerance": config.rollout.parity_tolerance,
+        "eval.limit": config.eval.limit,
+        "eval.max_new_tokens": config.eval.max_new_tokens,
+        "run.stop_after": config.run.stop_after,
+    }
+    values |= {key: value for key, value in where_set.items() if value is not None}
     for key, value in values.items():
         _require(value > 0, f"{key}={value} must be greater than 0")
     for key, value in {
+        "train.seed": config.train.seed,
         "optim.lr": config.optim.lr,
+        "optim.min_lr": config.optim.min_lr,
+        "optim.weight_decay": config.optim.weight_decay,
         "optim.warmup_steps": config.optim.warmup_steps,
         "eval.every": config.eval.every,
         "eval.samples": config.eval.samples,
         "checkpoint.every": config.checkpoint.every,
+        "checkpoint.keep_every": config.checkpoint.keep_every,
         "rollout.parity_every": config.rollout.parity_every,
         "log.histograms_every": config.log.histograms_every,
+        "run.hang_timeout_s": config.run.hang_timeout_s,
     }.items():
         _require(value >= 0, f"{key}={value} must not be negative")
+    for key, value in (("optim.beta1", config.optim.beta1), ("optim.beta2", config.optim.beta2)):
+        _require(0 <= value < 1, f"{key}={value} must be at least 0 and below 1")
 
 
 def _check_rollout(rollout: RolloutConfig) -> None:
@@ -69,6 +118,7 @@ def _check_rollout(rollout: RolloutConfig) -> None:
 
 def check(config: Config) -> None:
     """Values and combinations that cannot be run; raises ConfigError on the first."""
+    _check_size(config)
     _check_positive(config)
     _check_rollout(config.rollout)
     parallel = config.parallel
@@ -123,6 +173,8 @@ def _check_grpo(config: GrpoConfig) -> None:
     )
     for key in ("temperature_positive", "temperature_negative", "max_ratio", "pull"):
         _require(getattr(algorithm, key) > 0, f"algorithm.{key}={getattr(algorithm, key)} must be greater than 0")
+    for key in ("clip_low", "clip_high", "overlong_factor"):
+        _require(getattr(algorithm, key) >= 0, f"algorithm.{key}={getattr(algorithm, key)} must not be negative")
     _require(
         not algorithm.dual_clip or algorithm.dual_clip > 1,
         f"algorithm.dual_clip={algorithm.dual_clip} must be above 1, or 0 for none",

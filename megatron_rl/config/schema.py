@@ -308,7 +308,20 @@ class EvalConfig:
 @dataclass(kw_only=True)
 class CheckpointConfig:
     every: int = 0  # steps; 0: only after the last
-    keep: int = 2
+    keep: int = 2  # the newest
+    keep_every: int = 0  # and those of every so many steps; 0: none
+    background: bool = False  # write while training goes on; costs the memory of a copy
+    load: str | None = None  # a checkpoint or run directory to continue, where run.dir has no checkpoint of its own
+
+
+@dataclass(kw_only=True)
+class GuardsConfig:
+    """What a run is watched for; docs/guards.md has the rules."""
+
+    off: list[str] = field(default_factory=list)  # rules that are not watched
+    stop: list[str] = field(default_factory=list)  # rules that stop the run where they would warn
+    limits: dict[str, float] = field(default_factory=dict)  # rule: limit in place of the table's
+    max_skipped_steps: int = 3  # steps in a row with an update that was not finite; then the run stops
 
 
 @dataclass(kw_only=True)
@@ -324,6 +337,8 @@ class RunConfig:
     dir: str = MISSING
     stop_after: int | None = None  # end after this step, as if interrupted; the run can be continued
     resume: bool = True  # continue from the run directory's latest checkpoint where there is one
+    allow_changes: bool = False  # continue although options that change the mathematics are others now
+    hang_timeout_s: float = 120.0  # without progress on any rank, or a sign of life from one, end the run; 0: never
 
 
 @dataclass(kw_only=True)
@@ -340,6 +355,7 @@ class SftConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
     log: LogConfig = field(default_factory=LogConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
@@ -362,6 +378,7 @@ class GrpoConfig:
     rollout_correction: RolloutCorrectionConfig = field(default_factory=RolloutCorrectionConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
     log: LogConfig = field(default_factory=LogConfig)
     run: RunConfig = field(default_factory=RunConfig)
 

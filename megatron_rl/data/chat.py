@@ -1,6 +1,7 @@
 """From what a row holds to token ids: chat templates, prompt lengths, and the response of an SFT example."""
 
 from collections.abc import Mapping, Sequence
+from reprlib import repr as short
 from typing import Any, Literal, get_args
 
 from jinja2 import TemplateError
@@ -63,11 +64,21 @@ def fit_prompt(token_ids: TokenIds, max_prompt_tokens: int, truncation_side: Tru
 
 
 def _encode_bare(tokenizer: PreTrainedTokenizerBase, text: str) -> TokenIds:
+    _check_text(text)
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _check_text(text: str) -> None:
+    """JSON can spell half a character, and no tokenizer takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{short(text)} is not Unicode text ({error.reason}): correct the character") from error
 
 
 def _encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> TokenIds:
     """Tokens with the special ones the tokenizer adds in front, which must not include an end."""
+    _check_text(text)
     ids = tuple(tokenizer(text)["input_ids"])
     if ids[-1:] == (tokenizer.eos_token_id,) and _encode_bare(tokenizer, text)[-1:] != ids[-1:]:
         raise ValueError(
@@ -86,20 +97,21 @@ def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: Any) -> str:
         )
     try:
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    except TemplateError as error:
-        raise ValueError(f"the tokenizer's chat template refuses these messages: {error}") from error
+    except Exception as error:  # a template is a program, and fails like one
+        reason = error if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"the tokenizer's chat template refuses these messages: {reason}") from error
 
 
 def _check_messages(messages: Any) -> None:
     if not isinstance(messages, Sequence) or not messages:
         raise ValueError(
-            f"the prompt must be a string or a list of messages, not {type(messages).__name__}: {messages!r}"
+            f"the prompt must be a string or a list of messages, not {type(messages).__name__}: {short(messages)}"
         )
     for position, message in enumerate(messages):
         if not isinstance(message, Mapping):
-            raise ValueError(f'message {position} must be an object with "role" and "content", not {message!r}')
+            raise ValueError(f'message {position} must be an object with "role" and "content", not {short(message)}')
         for key in ("role", "content"):
             if not isinstance(message.get(key), str):
-                raise ValueError(f'message {position} needs a text "{key}", not {message.get(key)!r}')
+                raise ValueError(f'message {position} needs a text "{key}", not {short(message.get(key))}')
     if messages[-1]["role"] == "assistant":
         raise ValueError("the last message is the assistant's: remove it, the response follows the prompt")

@@ -10,13 +10,18 @@ MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios", "multi_mo
 def refuse_media(row: Mapping[str, Any]) -> None:
     """Empty containers are ignored, at any depth; anything in them is refused, for it would be trained without."""
     for key in MEDIA_KEYS:
-        if not _is_empty(row.get(key)):
+        if _holds_something(row.get(key)):
             raise ValueError(f"{key!r} is not empty, and only text is supported: remove the row or the column")
 
 
-def _is_empty(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return all(map(_is_empty, value.values()))
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        return all(map(_is_empty, value))
-    return value is None or value in ("", b"")
+def _holds_something(value: Any) -> bool:
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Mapping):
+            waiting.extend(value.values())
+        elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
+            waiting.extend(value)
+        elif value is not None and value not in ("", b""):
+            return True
+    return False

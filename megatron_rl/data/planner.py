@@ -39,7 +39,7 @@ def plan_step(
     assert dp_size >= 1 and min_micro_batches >= 1 and multiple_of >= 1, (dp_size, min_micro_batches, multiple_of)
     assert all(length >= 1 for length in lengths), "a sample has at least one token"
     _check_fits(lengths, max_tokens)
-    fewest = max(min_micro_batches, _ceil_div(sum(lengths), dp_size * max_tokens))
+    fewest = max(min_micro_batches, _ceil_div(_fewest_bins(lengths, max_tokens), dp_size))
     rounds = _ceil_div(fewest, multiple_of) * multiple_of
     while (bins := _pack(lengths, dp_size * rounds, max_tokens)) is None:
         rounds += multiple_of
@@ -53,6 +53,14 @@ def plan_step(
         for rank, b in enumerate(peers if m % 2 == 0 else reversed(peers)):
             ranks[rank].append(bins[b])
     return StepPlan(tuple(tuple(rank) for rank in ranks))
+
+
+def _fewest_bins(lengths: Sequence[int], max_tokens: int) -> int:
+    """No plan has fewer micro-batches: by the tokens, by the samples of more than half a micro-batch, which share
+    none with each other, and by the number that fits if all were as short as the shortest. So we need not try them."""
+    together = max_tokens // min(lengths, default=1)
+    halves = sum(2 * length > max_tokens for length in lengths)
+    return max(_ceil_div(sum(lengths), max_tokens), halves, _ceil_div(len(lengths), together))
 
 
 def _check_fits(lengths: Sequence[int], max_tokens: int) -> None:

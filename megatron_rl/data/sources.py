@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any, Generic, Protocol, TypeVar
 
 from transformers import PreTrainedTokenizerBase
@@ -26,6 +27,8 @@ Row = Mapping[str, Any]
 T_co = TypeVar("T_co", covariant=True)
 
 TASK_PREFIX = "reasoning-gym:"
+# The order of an epoch is a list of all questions.
+MOST_QUESTIONS = 10**7
 # In reasoning-gym 0.1.25 these draw from Python's hash seed or the global generator, not from their own seed.
 UNREPEATABLE_TASKS = frozenset(
     ["isomorphic_strings", "knight_swap", "list_functions", "polynomial_multiplication", "ransom_note", "word_ladder"]
@@ -88,14 +91,17 @@ class ParquetRows(Rows):
         self.name, self.digest = str(path), _file_digest(path)
         try:
             self._table = pyarrow.parquet.read_table(path, memory_map=True)
-        except pyarrow.ArrowInvalid as error:
+        except pyarrow.ArrowException as error:
             raise ValueError(f"{path} is not a parquet file: {error}") from error
 
     def __len__(self) -> int:
         return self._table.num_rows
 
     def __getitem__(self, index: int) -> Row:
-        return self._table.slice(index, 1).to_pylist()[0]
+        try:
+            return self._table.slice(index, 1).to_pylist()[0]
+        except (ArithmeticError, LookupError) as error:  # a date after the year 9999, a time zone that is none
+            raise ValueError(f"it cannot be read: {error}") from error
 
     def first_without(self, key: str) -> int | None:
         if key not in self._table.column_names:
@@ -119,16 +125,20 @@ class TaskRows(Rows):
         self.name, self.task = f"{TASK_PREFIX}{task}", task
         try:
             self._dataset = reasoning_gym.create_dataset(task, size=size, seed=seed, **options)
-        except (AssertionError, TypeError, ValueError) as error:
-            raise ValueError(f"{self.name} does not take size={size} and options {dict(options)}: {error}") from error
-        spec = [task, size, seed, dict(options), metadata.version("reasoning-gym")]
-        self.digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
+            spec = json.dumps([task, size, seed, dict(options), metadata.version("reasoning-gym")], sort_keys=True)
+        except Exception as error:  # the task's own code, which trips over what it does not expect
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{self.name} does not take size={size} and options {dict(options)}: {reason}") from error
+        self.digest = hashlib.sha256(spec.encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self._dataset)
 
     def __getitem__(self, index: int) -> Row:
-        entry = self._dataset[index]
+        try:
+            entry = self._dataset[index]
+        except Exception as error:  # the same
+            raise ValueError(f"the task fails with {type(error).__name__}: {error}; correct its options") from error
         question, answer = entry["question"], entry["answer"]
         return {"prompt": question, "question": question, "answer": answer, "dataset": self.task, "entry": entry}
 
@@ -145,8 +155,13 @@ def load_rows(
     """
     name = str(source)
     if name.startswith(TASK_PREFIX):
-        if size is None or size < 1:
-            raise ValueError(f"{name} has no end of its own: set data.task.size to the number of questions, not {size}")
+        if type(size) is not int or not 1 <= size <= MOST_QUESTIONS:
+            raise ValueError(
+                f"{name} has no end of its own: set data.task.size to the number of questions, not {size!r}; "
+                f"{MOST_QUESTIONS} are the most"
+            )
+        if type(seed) is not int:
+            raise ValueError(f"data.task.seed={seed!r} must be a whole number")
         return TaskRows(name.removeprefix(TASK_PREFIX), size=size, seed=seed, options=options or {})
     if size is not None or options:
         raise ValueError(f"size and options are for {TASK_PREFIX}... tasks, and {name!r} is a file: remove them")
@@ -154,9 +169,12 @@ def load_rows(
     path = Path(source)
     if path.suffix not in readers:
         raise ValueError(f"cannot read {name!r}: name a .jsonl file, a .parquet file or {TASK_PREFIX}<task>")
-    if not path.is_file():
-        raise ValueError(f"there is no file {name!r} (seen from {Path.cwd()})")
-    return readers[path.suffix](path)
+    try:
+        if not path.is_file():
+            raise ValueError(f"there is no file {name!r} (seen from {Path.cwd()})")
+        return readers[path.suffix](path)
+    except OSError as error:
+        raise ValueError(f"{name!r} cannot be read: {error.strerror or error}") from error
 
 
 class Encoder(Protocol[T_co]):
@@ -203,7 +221,7 @@ class ExampleEncoder:
     def __call__(self, index: int, row: Row) -> tuple[Prompt, str]:
         response = row[self.response_key]
         if not isinstance(response, str):
-            raise ValueError(f"{self.response_key!r} must be text, not {response!r}")
+            raise ValueError(f"{self.response_key!r} must be text, not {short(response)}")
         return self.prompt(index, row), response
 
 
@@ -279,7 +297,7 @@ def _epoch_order(n: int, seed: int, epoch: int) -> list[int]:
 def _parse_object(line: bytes, where: str) -> Row:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not valid JSON: {error}") from error
     if not isinstance(row, dict):
         raise ValueError(f"{where} must hold a JSON object, one record a line, not {type(row).__name__}")

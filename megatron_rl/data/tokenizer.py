@@ -7,18 +7,24 @@ needs no padding token: training is packed, and where generation pads on the lef
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a directory or a hub id. Python code that comes with a model is never run."""
+    if _read_object(Path(path) / "tokenizer_config.json").get("auto_map"):
+        raise ValueError(
+            f"cannot load a tokenizer from {str(path)!r}: it comes with Python code of its own (auto_map in "
+            "tokenizer_config.json), which is never run; use one of a class that transformers has"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers passes on whatever a wrong value in a file made happen
         raise ValueError(
-            f"cannot load a tokenizer from {str(path)!r}: {error}\nName a directory with tokenizer.json and "
-            "tokenizer_config.json, or a hub id. A tokenizer that needs its own Python code is not supported."
+            f"cannot load a tokenizer from {str(path)!r}: {type(error).__name__}: {error}\nName a directory with "
+            "tokenizer.json and tokenizer_config.json, or a hub id."
         ) from error
     if tokenizer.eos_token_id is None:
         raise ValueError(
@@ -45,9 +51,22 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, generation_config_eos: int | Se
 def read_generation_eos(model_dir: str | Path) -> int | list[int] | None:
     """`eos_token_id` of the directory's generation_config.json; None if there is no such file or it names none."""
     path = Path(model_dir) / "generation_config.json"
-    if not path.is_file():
-        return None
+    ids = _read_object(path).get("eos_token_id")
+    if not all(type(id_) is int for id_ in (ids if isinstance(ids, list) else [] if ids is None else [ids])):
+        raise ValueError(f"{path} has eos_token_id={ids!r}: make it a token id, or a list of them")
+    return ids
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """What a JSON file holds; nothing where there is none."""
+    if not path.exists():
+        return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    except ValueError as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, not {type(content).__name__}")
+    return content

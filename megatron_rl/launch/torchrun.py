@@ -1,12 +1,21 @@
 """Starts this command again under torchrun when the layout needs several processes."""
 
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Self
 
 from megatron_rl.config.schema import ParallelConfig
+from megatron_rl.metrics.progress import NOTES, Place, read_note
+from megatron_rl.parallel.stop import HUNG, LOST, STOP_SIGNALS, StopRequest
 
-# Set for the processes that are started here: their config, model and data have been looked at.
+# Set, to this process's id, for those that are started here: their config, model and data have been looked at.
 CHECKED = "MEGATRON_RL_CHECKED"
 
 
@@ -40,8 +49,8 @@ def ranks_of_machine() -> int:
 def launch(count: int, arguments: Sequence[str]) -> int:
     """Runs this command in `count` processes on this node; returns the exit code of the first that fails, or 0.
 
-    A process that a signal ended counts as 128 + the signal, as in a shell; so does a signal to this one, which
-    torchrun passes on.
+    A process that a signal ended counts as 128 + the signal, as in a shell; so does a signal that ends this one.
+    SIGTERM and SIGUSR1 are passed on to the ranks, which decide; a second one ends all at once.
     """
     # Imported late: one process needs no torchrun, and a mistake should not wait for torch.
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -50,15 +59,82 @@ def launch(count: int, arguments: Sequence[str]) -> int:
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // count)))
-    os.environ[CHECKED] = "1"
-    command = ["--standalone", f"--nproc-per-node={count}", "--no-python", sys.executable, "-u", "-m", "megatron_rl"]
-    try:
-        run(parse_args([*command, *arguments]))
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        code = failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
-        print(f"megatron-rl: rank {rank} ended with exit code {code}; the other ranks were stopped", file=sys.stderr)
-        return code
-    except SignalException as error:
-        return 128 + int(error.sigval)
+    os.environ[CHECKED] = str(os.getpid())
+    command = ["--standalone", f"--nproc-per-node={count}", "--signals-to-handle=SIGINT,SIGHUP,SIGQUIT", "--no-python"]
+    command += [sys.executable, "-u", "-m", "megatron_rl", *arguments]
+    with tempfile.TemporaryDirectory(prefix="megatron_rl-") as folder, Messenger(Path(folder)) as messenger:
+        os.environ[NOTES] = folder
+        try:
+            run(parse_args(command))
+        except ChildFailedError as error:
+            return messenger.ended_by or explain(error.failures, messenger.places())
+        except SignalException as error:
+            return 128 + int(error.sigval)
+        finally:
+            messenger.kill()
     return 0
+
+
+class Messenger(StopRequest):
+    """Passes signals on to the ranks, which leave their process ids in `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(announce=True)
+        self.folder = folder
+        self.ended_by = 0  # the exit code, once a second signal has come
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        # The thread takes the signals. Ranks inherit this, and get theirs when they listen: none is lost.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        return self
+
+    def first(self, number: signal.Signals) -> None:
+        super().first(number)
+        threading.Thread(target=self._pass_on, args=(number,), name="messenger", daemon=True).start()
+
+    def second(self, number: signal.Signals) -> None:
+        self.ended_by = 128 + number
+
+    def notes(self) -> dict[int, tuple[int, Place]]:
+        """The process id and place of each rank that has come that far."""
+        return {int(path.name): read_note(path) for path in self.folder.glob("[0-9]*") if not path.suffix}
+
+    def places(self) -> dict[int, Place]:
+        return {rank: place for rank, (_, place) in self.notes().items()}
+
+    def kill(self) -> None:
+        """Ends what is left of the ranks: each leads a process group, with the helpers of a checkpoint in it."""
+        for pid, _ in self.notes().values():
+            with suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+
+    def _pass_on(self, number: signal.Signals) -> None:
+        """To each rank once, also to those that are still being started; after a second signal, their end."""
+        told: set[int] = set()
+        while self.folder.exists():
+            if self.ended_by:
+                self.kill()
+            for rank, (pid, _) in self.notes().items():
+                if rank not in told:
+                    told.add(rank)
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, number)
+            time.sleep(0.1)
+
+
+def explain(failures: Mapping[int, Any], places: Mapping[int, Place]) -> int:
+    """Says which rank ended first and where, unless that has been said; the exit code.
+
+    torchrun notes failures by the second, and those who lost a rank end in the same one as that rank.
+    """
+    rank, failure = min(failures.items(), key=lambda item: (item[1].exitcode == LOST, item[1].timestamp))
+    code = failure.exitcode
+    where = f" in {places[rank]}" if rank in places else ""
+    if code < 0:
+        what = f"was killed by {signal.Signals(-code).name}"
+    else:
+        what = f"ended with exit code {code}"
+    if code != HUNG:
+        print(f"megatron-rl: rank {rank} {what}{where}; the other ranks were stopped", file=sys.stderr)
+    return code if code >= 0 else 128 - code

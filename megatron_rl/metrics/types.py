@@ -135,7 +135,8 @@ def unflatten(like: Metrics, sums: Sequence[float], maxes: Sequence[float], mins
 
 
 class StepLog(NamedTuple):
-    """What one step has to say: figures, and values whose distribution is worth seeing."""
+    """What one step has to say: figures, values whose distribution is worth seeing, and a record of each sample."""
 
     scalars: dict[str, float]
     histograms: Mapping[str, Sequence[float]]
+    samples: Sequence[Mapping[str, float | None]] = ()

@@ -68,7 +68,7 @@ class Writer:
             self._backends.append(WeightsAndBiases(wandb, run_dir, config or {}, first_step))
         self._backends.append(TensorBoard(run_dir / "tensorboard", first_step))
         path = run_dir / "metrics.jsonl"
-        _drop_from(path, first_step)
+        drop_from(path, first_step)
         self._lines = path.open("a", encoding="utf-8", buffering=1)
         self._display: Display = LiveTable(total_steps, name) if sys.stdout.isatty() else PlainLines(total_steps)
 
@@ -112,7 +112,7 @@ class Writer:
         self.close()
 
 
-def _drop_from(path: Path, first_step: int) -> None:
+def drop_from(path: Path, first_step: int) -> None:
     """Keeps the lines before `first_step`. A line without its newline is what a killed process left: it goes too."""
     if not path.exists():
         return

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
+from megatron_rl.metrics.progress import tick
 from megatron_rl.models.build import LanguageModel, heads, weight_map
 from megatron_rl.models.hf_map import Reader, canonical_name
 from megatron_rl.parallel.mesh import Mesh
@@ -62,6 +63,7 @@ def export_weights(
     dist.all_gather_object(stages, header, group=mesh.pp_group)
     for stage, parameters in enumerate(stages):
         for name, shape, dtype in parameters:
+            tick()
             if name in rules.tied_to_embedding:
                 continue
             if stage == mesh.pp_rank:

@@ -1,6 +1,7 @@
 """What a Hugging Face config says about a model's shape, checked against what the families here can do."""
 
 import hashlib
+import json
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,6 +12,19 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_rl.models.families import FAMILIES, Family
+
+# What a number in config.json may be at most; more is a slip, and transformers would work on it for minutes.
+LARGEST = {
+    "num_hidden_layers": 2**10,
+    "hidden_size": 2**20,
+    "intermediate_size": 2**22,
+    "num_attention_heads": 2**14,
+    "num_key_value_heads": 2**14,
+    "head_dim": 2**13,
+    "vocab_size": 2**26,
+    "max_position_embeddings": 2**40,
+    "num_labels": 2**16,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,15 +79,25 @@ def _refuse_variants(hf: Any) -> None:
         raise ValueError(f"layer_types in the model's config has {windowed[0]!r}; only 'full_attention' is supported")
 
 
+def _check_family(model_type: Any) -> None:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise ValueError(f"model_type={model_type!r} is not supported; the families are {', '.join(sorted(FAMILIES))}")
+
+
 def model_shape(hf: Any) -> ModelShape:
     """Reads a `transformers` config; refuses what would be computed wrongly."""
-    if hf.model_type not in FAMILIES:
-        raise ValueError(
-            f"model_type={hf.model_type!r} is not supported; the families are {', '.join(sorted(FAMILIES))}"
-        )
+    _check_family(hf.model_type)
     _refuse_variants(hf)
     # Some families set head_dim apart from hidden_size / heads, so it is read first and derived second.
     head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+    inv_freq = rope_frequencies(hf, head_dim)
+    if head_dim % 2 or hf.num_attention_heads % hf.num_key_value_heads or not 0 < hf.rms_norm_eps < 1:
+        raise ValueError(
+            f"head_dim={head_dim} must be even, num_key_value_heads={hf.num_key_value_heads} divide "
+            f"num_attention_heads={hf.num_attention_heads}, and rms_norm_eps={hf.rms_norm_eps} lie between 0 and 1"
+        )
+    if not torch.isfinite(inv_freq).all():
+        raise ValueError(f"rope_parameters={hf.rope_parameters} in the model's config give no finite frequencies")
     return ModelShape(
         family=FAMILIES[hf.model_type],
         num_layers=hf.num_hidden_layers,
@@ -86,21 +110,63 @@ def model_shape(hf: Any) -> ModelShape:
         max_positions=hf.max_position_embeddings,
         norm_eps=hf.rms_norm_eps,
         tied=bool(hf.tie_word_embeddings),
-        inv_freq=rope_frequencies(hf, head_dim),
+        inv_freq=inv_freq,
     )
+
+
+def load_config(path: str | Path) -> Any:
+    """The `transformers` config in the directory `path`. Python code that comes with a model is never run."""
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        raise ValueError(f"model.path={str(path)!r} has no config.json: give a Hugging Face model directory")
+    _check_file(file)
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # transformers passes on whatever a wrong value made happen
+        raise ValueError(f"{file} is not a model's config: {type(error).__name__}: {error}") from error
+
+
+def _check_file(file: Path) -> None:
+    """Refuses what transformers would run, walk into without end, or say nothing of."""
+    try:
+        held = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(held, dict):
+        raise ValueError(f"{file} must hold a JSON object, not {type(held).__name__}")
+    if held.get("auto_map"):
+        raise ValueError(
+            f"{file} names Python code of the model's own (auto_map), which is never run: use a model whose class is "
+            f"in transformers; the families are {', '.join(sorted(FAMILIES))}"
+        )
+    if held.get("quantization_config"):
+        raise ValueError(f"{file} has a quantization_config: training needs weights in floating point")
+    _check_family(held.get("model_type"))
+    for name, largest in LARGEST.items():
+        value = held.get(name)
+        if value is not None and (type(value) is not int or not 1 <= value <= largest):
+            raise ValueError(f"{file} has {name}={value!r}: it must be a whole number from 1 to {largest}")
 
 
 def load_shape(path: str | Path) -> ModelShape:
     """The shape of the model in the Hugging Face directory `path`."""
-    if not (Path(path) / "config.json").is_file():
-        raise ValueError(f"model.path={str(path)!r} has no config.json: give a Hugging Face model directory")
-    return model_shape(AutoConfig.from_pretrained(path))
+    hf = load_config(path)
+    try:
+        return model_shape(hf)
+    except (TypeError, ArithmeticError, LookupError, RuntimeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{Path(path) / 'config.json'} does not describe a model: {reason}") from error
 
 
 def tensor_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
     """Every tensor of the model in `path` as transformers builds it, tied ones once; no memory is taken."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+    hf = load_config(path)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(hf, trust_remote_code=False)
+    except Exception as error:  # the same
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{Path(path) / 'config.json'} does not describe a model: {reason}") from error
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 
-from megatron_rl.models.hf_config import tensor_shapes
+from megatron_rl.models.hf_config import load_config, tensor_shapes
 
 
 class RandomWeights:
@@ -19,7 +18,7 @@ class RandomWeights:
     def __init__(self, path: str | Path, seed: int) -> None:
         self.seed = seed
         self.shapes = tensor_shapes(path)
-        self.std = float(AutoConfig.from_pretrained(path).initializer_range)
+        self.std = float(load_config(path).initializer_range)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.shapes[name]

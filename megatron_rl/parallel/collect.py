@@ -38,6 +38,13 @@ def gather_over_world(values: list[T]) -> list[T]:
     return [value for part in parts for value in part]
 
 
+def from_first_rank(value: T) -> T:
+    """What rank 0 holds, on every rank of the world."""
+    box: list[Any] = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
 def any_rank(flag: bool) -> bool:
     """Whether the flag is set on any rank of the world."""
     raised = torch.tensor([int(flag)], device=device())

@@ -12,7 +12,6 @@ A debt whose target has moved raises, so that a new release of megatron-core can
 import ast
 import importlib.abc
 import importlib.machinery
-import multiprocessing
 import sys
 import time
 import types
@@ -169,15 +168,6 @@ def _distributed_optimizer(module: Any) -> None:
         module.Adam, module.HAVE_APEX_OR_TE, module.USING_TE_OPTIMIZER = CpuAdam, True, True
 
 
-def _writer_queue(module: Any) -> None:
-    def queue() -> Any:
-        if module._results_queue is None:
-            module._results_queue = multiprocessing.get_context("fork").Manager().Queue()
-        return module._results_queue
-
-    module._get_write_results_queue = queue
-
-
 DEBTS = (
     Debt(
         f"{PACKAGE}.tensor_parallel.random",
@@ -200,13 +190,6 @@ DEBTS = (
         "with torch.optim.Adam the distributed optimizer cannot load its own checkpoint (it looks for one `step` per "
         "group); an Adam whose state is laid out as Transformer Engine's can",
         _distributed_optimizer,
-    ),
-    Debt(
-        f"{PACKAGE}.dist_checkpointing.strategies.filesystem_async",
-        ("_results_queue", "_get_write_results_queue"),
-        "dist_checkpointing/strategies/filesystem_async.py:51",
-        "the queue's manager is spawned because CUDA cannot be forked; that imports everything again (5 to 10 s)",
-        _writer_queue,
     ),
 )
 

@@ -8,6 +8,7 @@ import datetime
 import functools
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -92,6 +93,12 @@ def join_world(name: str = "world", *, alone: bool = False) -> None:
     dist.init_process_group(
         backend(), store=dist.PrefixStore(name, store), rank=rank, world_size=world, timeout=TIMEOUT
     )
+
+
+def world_store() -> dist.Store:
+    """The key-value store through which this world met, over a connection of the caller's own."""
+    store: Any = dist.distributed_c10d._get_default_store()
+    return store.clone()
 
 
 def create_mesh(

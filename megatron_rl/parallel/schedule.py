@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_rl.metrics.progress import tick
 from megatron_rl.parallel.device import ON_CPU
 from megatron_rl.parallel.mesh import Mesh
 
@@ -44,6 +45,7 @@ def run_schedule(
         config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
 
     def forward_step(data: Any, model: Any, *unused: Any) -> tuple[Tensor, Callable[..., Any]]:
+        tick()
         output, loss_function = step(model, next(data))
 
         def with_count(last_output: Tensor) -> tuple[Tensor, Tensor, Any]:

@@ -61,6 +61,11 @@ def _load_file(path: Path) -> ModuleType:
     assert spec is not None and spec.loader is not None, "a name that ends in .py has a loader"
     module = importlib.util.module_from_spec(spec)
     # Dataclasses and pickle look a class's module up by name. A module that is already loaded keeps its name.
-    sys.modules.setdefault(path.stem, module)
-    spec.loader.exec_module(module)
+    loaded = sys.modules.setdefault(path.stem, module)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        if loaded is module:
+            del sys.modules[path.stem]
+        raise
     return module

@@ -17,7 +17,7 @@ class Regex:
         """Refuse a broken pattern before any response is judged."""
         try:
             re.compile(pattern, re.DOTALL)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"pattern={pattern!r} is not a regular expression ({error}); correct it") from error
 
     def __call__(

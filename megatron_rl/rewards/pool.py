@@ -20,6 +20,7 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any
 
+from megatron_rl.metrics.progress import tick
 from megatron_rl.rewards.worker import HEADER, pack
 from megatron_rl.types import Prompt, Reward, Rollout, RolloutGroup
 
@@ -109,12 +110,13 @@ class RewardPool:
                 self._replace(worker)
 
     def _wait(self) -> dict[int, Reward]:
-        """Move bytes until something happens; the rewards that came of it, by place."""
+        """Move bytes until something happens, for a second at most; the rewards that came of it, by place."""
+        tick()  # waiting here is progress: each call has its deadline
         rewards: dict[int, Reward] = {}
         # Only who was late before we looked is late: a reply may lie in the pipe while we are busy elsewhere.
         now = time.monotonic()
         soonest = min(worker.deadline for worker in self._workers)
-        for key, _ in self._selector.select(max(0.0, soonest - now)):
+        for key, _ in self._selector.select(min(1.0, max(0.0, soonest - now))):
             worker: _Worker = key.data
             if worker not in self._workers:
                 continue  # replaced on an earlier event of this round

@@ -2,6 +2,9 @@
 
 It reads (reward name, options, import path), answers None or (what failed, traceback), and then answers each
 (prompt, rollout) with a `Reward`. A message is an 8-byte length and a pickle.
+
+Pickles pass between the trainer and the child that it started, over two anonymous pipes that no other process has an
+end of. The reward itself is the user's code with the user's rights; what it prints goes to stderr and is never read.
 """
 
 import ctypes
@@ -23,6 +26,7 @@ from megatron_rl.types import Reward
 
 HEADER = struct.Struct("<Q")
 _PR_SET_PDEATHSIG = 1
+_TYPES: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
 
 
 def pack(message: object) -> bytes:
@@ -33,12 +37,13 @@ def pack(message: object) -> bytes:
 
 def main() -> None:
     """Serve one pool until it closes the pipe."""
-    _die_with_parent()
+    die_with_parent()
+    outlast_signals()
     requests, replies = _claim_pipes()
     if (hello := _read(requests)) is None:
         return
     try:
-        judge = _load(*hello)
+        judge = load_reward(*hello)
     except Exception as error:
         _write(replies, (f"{type(error).__name__}: {error}", traceback.format_exc()))
         return
@@ -55,10 +60,20 @@ def main() -> None:
         _write(replies, reward)
 
 
-def _die_with_parent() -> None:
-    """Let the kernel kill this process when the trainer dies, even by SIGKILL and in the middle of a call."""
+def die_with_parent() -> None:
+    """Let the kernel kill this process when its parent dies, even by SIGKILL and in the middle of a call."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def outlast_signals() -> None:
+    """A batch system may signal every process of a job, to make it save and stop: the pool ends this one, not they.
+
+    The handler does nothing, where SIG_IGN would be inherited by the commands that a reward runs.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
 def _claim_pipes() -> tuple[BinaryIO, BinaryIO]:
@@ -74,6 +89,8 @@ def _claim_pipes() -> tuple[BinaryIO, BinaryIO]:
         # A child forked by the reward must neither answer in our place nor hold the pipe open after our death.
         os.dup2(null, requests, inheritable=False)
         os.dup2(null, replies, inheritable=False)
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_DFL)
 
     os.register_at_fork(after_in_child=let_go)
     return os.fdopen(requests, "rb"), os.fdopen(replies, "wb")
@@ -90,7 +107,7 @@ def _write(pipe: BinaryIO, message: object) -> None:
     pipe.flush()
 
 
-def _load(name: str, options: dict[str, Any], path: list[str]) -> Callable[..., object]:
+def load_reward(name: str, options: dict[str, Any], path: list[str]) -> Callable[..., object]:
     """The reward with its options, everything checked that can be checked without a response."""
     sys.path += [entry for entry in path if entry not in sys.path]
     function = resolve(name)
@@ -101,9 +118,21 @@ def _load(name: str, options: dict[str, Any], path: list[str]) -> Callable[..., 
         raise ValueError(
             f"reward={name!r} takes {signature} and does not accept the options {options} ({error}); correct them"
         ) from error
+    for option, value in options.items():
+        _check_option(name, option, value, signature)
     if prepare := getattr(function, "prepare", None):
         prepare(**options)
     return partial(function, **options)
+
+
+def _check_option(name: str, option: str, value: Any, signature: inspect.Signature) -> None:
+    """An option whose parameter is annotated as a plain type is of that type; a whole number is a float, too."""
+    wanted = signature.parameters[option].annotation if option in signature.parameters else None
+    if wanted not in _TYPES:
+        return
+    fits = type(value) is wanted or (wanted is float and type(value) is int)
+    if not fits or (wanted is float and not abs(value) < math.inf):
+        raise ValueError(f"reward={name!r}: the option {option}={value!r} must be {_TYPES[wanted]}; correct it")
 
 
 def _as_reward(result: object) -> Reward:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from megatron_rl.types import Prompt, RolloutGroup
@@ -33,8 +34,14 @@ class Engine(Protocol):
     version: int
     """Updates the engine's weights have had; -1 before the first load."""
 
+    dtype: torch.dtype
+    """What the engine holds its weights in."""
+
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Takes every tensor of the model, by its Hugging Face name."""
+
+    def checksums(self, names: Iterable[str]) -> dict[str, int]:
+        """The `checksum` of each named tensor as this rank's engine holds it."""
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[RolloutGroup]:
         """One group per prompt, in order, on every rank."""

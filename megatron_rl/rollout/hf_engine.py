@@ -8,10 +8,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase
 
+from megatron_rl.metrics.progress import tick
+from megatron_rl.models.hf_config import load_config
 from megatron_rl.parallel.collect import gather_over_world
 from megatron_rl.parallel.device import device
+from megatron_rl.rollout.checksum import checksum
 from megatron_rl.rollout.engine import Sampling
 from megatron_rl.rollout.sampling import draw, sampling_log_probs, uniforms
 from megatron_rl.types import Prompt, Rollout, RolloutGroup
@@ -26,6 +29,7 @@ class KeyedSampler(LogitsProcessor):
         self.log_kept: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        tick()
         s = self.sampling
         log_probs, log_kept = sampling_log_probs(scores, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p)
         token = draw(log_probs, self.uniform[:, len(self.log_probs)])[:, None]
@@ -52,8 +56,9 @@ class HFEngine:
         max_sequences: int,
     ) -> None:
         self.tokenizer, self.stop, self.pad, self.max_sequences = tokenizer, stop, pad, max_sequences
-        self.model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=dtype)
+        self.model = AutoModelForCausalLM.from_config(load_config(path), dtype=dtype)
         self.model.to(device()).eval()
+        self.dtype = dtype
         self.version = -1
 
     @torch.no_grad()
@@ -69,6 +74,10 @@ class HFEngine:
         if waiting:
             raise RuntimeError(f"the weight update left out {', '.join(sorted(waiting))}")
         self.version = version
+
+    def checksums(self, names: Iterable[str]) -> dict[str, int]:
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        return {name: checksum(parameters[name]) for name in names}
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[RolloutGroup]:
         """Ranks take prompts in turn; the groups come together again on every rank, in the order of the prompts."""

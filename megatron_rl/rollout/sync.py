@@ -2,20 +2,62 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
+from megatron_rl.metrics.rules import RULES
+from megatron_rl.parallel.collect import gather_over_world
+from megatron_rl.rollout.checksum import checksum
 from megatron_rl.rollout.engine import Engine
-from megatron_rl.types import Rollout
+from megatron_rl.types import Rollout, RunError
+
+SHOWN_TENSORS = 3
 
 
-class ParityError(RuntimeError):
+class ParityError(RunError):
     """Engine and trainer disagree about the policy."""
 
 
-def push(named_weights: Callable[[], Iterator[tuple[str, Tensor]]], engine: Engine, version: int) -> None:
-    """Gives the engine the weights of `version`, unless it has them."""
+class WeightSyncError(RuntimeError):
+    """An engine does not hold the weights that it was sent."""
+
+
+def push(
+    named_weights: Callable[[], Iterator[tuple[str, Tensor]]], engine: Engine, version: int, *, check: bool = True
+) -> dict[str, float]:
+    """Gives the engine the weights of `version`, unless it has them, and checks that every rank's engine took them.
+
+    Every tensor's checksum is taken on its way to the engine, and again of the engine's own copy. Collective.
+    """
     if engine.version != version:
-        engine.load_weights(named_weights(), version)
+        sent: dict[str, int] = {}
+        engine.load_weights(_noting(named_weights(), engine.dtype, sent) if check else named_weights(), version)
+        held = engine.checksums(sent)
+        # On all ranks alike: one that stopped by itself would leave the others waiting.
+        check_weights(gather_over_world([name for name in sent if held[name] != sent[name]]), len(sent), version)
+    return {"sync/wrong_tensors": 0.0} if check else {}
+
+
+def _noting(
+    weights: Iterator[tuple[str, Tensor]], dtype: torch.dtype, sent: dict[str, int]
+) -> Iterator[tuple[str, Tensor]]:
+    """The weights as they are; the checksums that an engine of this precision must find are left in `sent`."""
+    for name, tensor in weights:
+        sent[name] = checksum(tensor.to(dtype))
+        yield name, tensor
+
+
+def check_weights(wrong: Sequence[str], tensors: int, version: int) -> None:
+    """Stops the run where a tensor arrived as another: its rollouts would be another policy's."""
+    if wrong:
+        names = sorted(set(wrong))
+        more = f" and {len(names) - SHOWN_TENSORS} more" if len(names) > SHOWN_TENSORS else ""
+        rule = RULES["weight_checksum"]
+        raise WeightSyncError(
+            f"after the sync of policy version {version} {len(names)} of {tensors} tensors in the engine are not what "
+            f"the trainer sent: {', '.join(names[:SHOWN_TENSORS])}{more}. Likely cause: {rule.cause}. To try: "
+            f"{rule.remedy}"
+        )
 
 
 def parity_gap(rollouts: Sequence[Rollout], trainer_log_probs: Mapping[int, Tensor]) -> tuple[float, float]:
@@ -34,9 +76,9 @@ def parity_gap(rollouts: Sequence[Rollout], trainer_log_probs: Mapping[int, Tens
 def check_parity(largest: float, mean: float, tolerance: float, version: int) -> None:
     """Stops the run where the two disagree: every importance ratio would be wrong."""
     if largest > tolerance:
+        rule = RULES["parity"]
         raise ParityError(
             f"the engine's log-probabilities differ from the trainer's by up to {largest:.2e} (mean {mean:.2e}) at "
-            f"policy version {version}; allowed is rollout.parity_tolerance={tolerance:g}. A large gap on every token "
-            "means that the engine did not get the trainer's weights, another temperature, or another rotary "
-            "embedding; a small one means lower precision: raise the tolerance for bfloat16"
+            f"policy version {version}; allowed is {rule.option}={tolerance:g}. Likely cause: {rule.cause}. To try: "
+            f"{rule.remedy}"
         )

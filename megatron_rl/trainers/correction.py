@@ -72,6 +72,7 @@ def read_criteria(reject: dict[str, Any]) -> list[Criterion]:
     """From `{seq_mean_k3: 0.1, token_k1: [0.5, 2]}`; ValueError names what cannot be."""
     criteria = []
     for name, bound in reject.items():
+        name = str(name)  # YAML's keys may be numbers
         level, _, statistic = name.rpartition("_")
         levels, statistics = (get_args(Criterion.__annotations__[key]) for key in ("level", "statistic"))
         low, high = bound if isinstance(bound, list) and len(bound) == 2 else (None, bound)
@@ -81,12 +82,16 @@ def read_criteria(reject: dict[str, Any]) -> list[Criterion]:
                 f"rollout_correction.reject has {name!r}; write a level ({', '.join(levels)}) and a statistic "
                 f"({', '.join(statistics)}), such as seq_mean_k3; seq_max_k1 is none"
             )
-        if not all(isinstance(value, int | float) and value > 0 for value in (high, low or 1)) or (
-            low is not None and (statistic != "k1" or low > high)
+        bounds = [high] if low is None else [high, low]
+        numbers = all(type(value) in (int, float) and 0 < value < 2**63 for value in bounds)
+        if (
+            not numbers
+            or (low is not None and (statistic != "k1" or low > high))
+            or (low is None and statistic == "k1" and high < 1)
         ):
             raise ValueError(
-                f"rollout_correction.reject.{name}={bound!r} must be a number above 0, or for k1 [low, high] ratios"
+                f"rollout_correction.reject.{name}={bound!r} must be a number above 0 (for k1 at least 1), "
+                "or for k1 [low, high] ratios"
             )
-        bounds = float(high), None if low is None else float(low)
-        criteria.append(Criterion(level, statistic, *bounds))  # type: ignore[arg-type]
+        criteria.append(Criterion(level, statistic, *map(float, bounds)))  # type: ignore[arg-type]
     return criteria

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict
 from math import comb
 from pathlib import Path
@@ -10,7 +11,9 @@ import torch.distributed as dist
 
 from megatron_rl.checkpoint.store import read_state
 from megatron_rl.config.rules import Config, ConfigError
+from megatron_rl.metrics.progress import progress
 from megatron_rl.parallel.mesh import create_mesh, destroy_mesh
+from megatron_rl.parallel.watchdog import watch
 from megatron_rl.rollout.engine import Sampling
 from megatron_rl.rollout.sync import push
 from megatron_rl.trainers.data import held_out_prompts
@@ -55,7 +58,8 @@ class Evaluator:
     def __call__(self, step: int) -> tuple[dict[str, float], list[RolloutGroup]]:
         """`val/*`, and the greedy answers. Collective."""
         config, model = self.parts.config, self.model
-        push(model.named_hf_weights, self.parts.engine, model.version)
+        check = "weight_checksum" not in config.guards.off
+        push(model.named_hf_weights, self.parts.engine, model.version, check=check)
         greedy = self._answer(config, step, draws=1, temperature=0.0)
         rollouts = [group.rollouts[0] for group in greedy]
         rewards = [group.rewards[0] for group in greedy]
@@ -76,21 +80,21 @@ class Evaluator:
 def evaluate(config: Config) -> None:
     """Answers the held-out problems once, with the run's latest checkpoint or what it would start from. Collective."""
     mesh = create_mesh(**asdict(config.parallel), seed=config.train.seed)
-    parts = Parts(config)
     try:
-        model = ShardedModel(config.model, mesh)
-        checkpoint = latest_checkpoint(config)
-        if checkpoint is not None:
-            model.load_checkpoint(checkpoint)
-        held_out = held_out_prompts(config, parts.tokenizer)
-        if held_out is None:
-            raise ConfigError("eval needs held-out problems: set data.val")
-        step = int(read_state(checkpoint)["step"]) if checkpoint is not None else 0
-        metrics, answers = Evaluator(parts, model, held_out.all())(step)
-        if dist.get_rank() == 0:
-            _report(Path(config.run.dir), str(checkpoint or config.model.weights), step, metrics, answers)
+        with watch(config.run.hang_timeout_s), closing(Parts(config)) as parts:
+            model = ShardedModel(config.model, mesh)
+            checkpoint = latest_checkpoint(config)
+            if checkpoint is not None:
+                model.load_checkpoint(checkpoint)
+            held_out = held_out_prompts(config, parts.tokenizer)
+            if held_out is None:
+                raise ConfigError("eval needs held-out problems: set data.val")
+            step = int(read_state(checkpoint)["step"]) if checkpoint is not None else 0
+            with progress.phase("testing"):
+                metrics, answers = Evaluator(parts, model, held_out.all())(step)
+            if dist.get_rank() == 0:
+                _report(Path(config.run.dir), str(checkpoint or config.model.weights), step, metrics, answers)
     finally:
-        parts.close()
         destroy_mesh()
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from megatron_rl.checkpoint.store import Role
 from megatron_rl.config.schema import GrpoConfig, KLPlace
 from megatron_rl.data.samples import Sample, weighed
 from megatron_rl.data.sources import PromptSource
@@ -13,11 +14,12 @@ from megatron_rl.metrics.timing import Timer
 from megatron_rl.metrics.types import Max, Mean, Metrics, StepLog, Sum, merge
 from megatron_rl.parallel.mesh import Mesh
 from megatron_rl.rollout.sync import push
+from megatron_rl.trainers.audit import audit_padding, audit_rollouts
 from megatron_rl.trainers.data import train_prompts
 from megatron_rl.trainers.objectives import policy_objective, updates_per_step
 from megatron_rl.trainers.parts import Parts
 from megatron_rl.trainers.policies import Policies
-from megatron_rl.trainers.rollout_metrics import rollout_histograms, rollout_metrics
+from megatron_rl.trainers.rollout_metrics import rollout_histograms, rollout_metrics, sample_records
 from megatron_rl.trainers.rollouts import greedy_rewards, rollout_batch, to_samples
 from megatron_rl.trainers.shaping import shaped_rewards, with_advantages
 from megatron_rl.workers.model_worker import ModelWorker
@@ -38,11 +40,13 @@ class GrpoTrainer:
     def step(self, step: int, timer: Timer) -> StepLog:
         config, actor = self.config, self.actor
         with timer("sync"):
-            push(actor.named_hf_weights, self.parts.engine, actor.version)
+            check = "weight_checksum" not in config.guards.off
+            sync_figures = push(actor.named_hf_weights, self.parts.engine, actor.version, check=check)
         groups, batch_figures = rollout_batch(config, self.parts, self.source, step, timer)
         greedy = greedy_rewards(config, self.parts, groups, timer)
         samples = to_samples(groups, drop_truncated=bool(config.algorithm.drop_truncated))
         samples, policy_figures = self.policies.compare(groups, samples, step, timer)
+        audit = audit_rollouts(groups, samples, self.parts.stop) | audit_padding(self.parts.tokenizer, self.parts.stop)
         with timer("adv"):
             rewards, reward_figures = shaped_rewards(config, groups, samples)
             samples, values = with_advantages(config.algorithm, groups, samples, rewards, greedy)
@@ -52,8 +56,10 @@ class GrpoTrainer:
         if records:
             raw, smoothed, _ = (torch.cat(parts).tolist() for parts in zip(*records))
             histograms |= {"ema/raw_weights": raw, "ema/smoothed_weights": smoothed}
-        figures = batch_figures | rollout_metrics(groups, values) | policy_figures | reward_figures | update_figures
-        return StepLog(figures, histograms)
+        figures = sync_figures | batch_figures | rollout_metrics(groups, values) | audit
+        return StepLog(
+            figures | policy_figures | reward_figures | update_figures, histograms, sample_records(groups, samples)
+        )
 
     def _update(self, samples: Sequence[Sample]) -> tuple[dict[str, float], list[Record]]:
         """Mini-batches of whole groups, in order. A loss is logged as its mean over the updates."""
@@ -92,6 +98,11 @@ class GrpoTrainer:
             "actor/skipped": Sum(float(not update.applied)),
         }
 
+    def roles(self) -> dict[str, Role]:
+        """The reference too: what training started from may be gone, or another, when the run is continued."""
+        reference = self.policies.reference
+        return {"actor": self.actor, **({} if reference is None else {"reference": reference})}
+
     def state(self) -> dict[str, Any]:
         return {"source": self.source.state_dict()}
 
@@ -100,7 +111,7 @@ class GrpoTrainer:
 
 
 def build(config: GrpoConfig, mesh: Mesh) -> GrpoTrainer:
-    """The trainer on this rank. The reference is the model that training starts from, also when it is continued."""
+    """The trainer on this rank. The reference is the model that training starts from."""
     parts = Parts(config)
     actor = ModelWorker(config.model, config.optim, mesh, total_steps=config.train.steps * updates_per_step(config))
     reference = ShardedModel(config.model, mesh) if config.kl.where is not KLPlace.none else None

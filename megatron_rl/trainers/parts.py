@@ -22,13 +22,18 @@ class Parts:
         self.tokenizer = load_tokenizer(config.model.path)
 
     @cached_property
+    def stop(self) -> tuple[int, ...]:
+        """The ids that end a response."""
+        return stop_ids(self.tokenizer, read_generation_eos(self.config.model.path))
+
+    @cached_property
     def engine(self) -> HFEngine:
         config = self.config
         return HFEngine(
             config.model.path,
             self.tokenizer,
             dtype=DTYPES[config.model.dtype.value],
-            stop=stop_ids(self.tokenizer, read_generation_eos(config.model.path)),
+            stop=self.stop,
             pad=pad_id(self.tokenizer),
             max_sequences=config.rollout.max_sequences,
         )

@@ -40,7 +40,9 @@ class Policies:
                 log_probs = self.actor.log_probs(samples, self._plan(samples), temperature)
             samples = [sample.with_loss_field("old_log_probs", log_probs[sample.id]) for sample in samples]
             if probe:
-                metrics |= self._check_parity(groups, log_probs)
+                gaps = self._check_parity(groups, log_probs)
+                # The probe of a continued run is not in the uninterrupted one's log.
+                metrics |= gaps if self._is_due(step) else {}
         if self.reference is not None:
             with timer("ref"):
                 log_probs = self.reference.log_probs(samples, self._plan(samples), temperature)
@@ -58,15 +60,19 @@ class Policies:
 
     def _is_probe(self, step: int) -> bool:
         """After the first weight update of this process, and every so many steps."""
-        every = self.config.rollout.parity_every
-        due = not self.probed or (every > 0 and step % every == 0)
+        due = not self.probed or self._is_due(step)
         self.probed = True
         return due
+
+    def _is_due(self, step: int) -> bool:
+        every = self.config.rollout.parity_every
+        return step == 1 or (every > 0 and step % every == 0)
 
     def _check_parity(self, groups: Sequence[RolloutGroup], log_probs: dict[int, Tensor]) -> dict[str, float]:
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         largest, mean = parity_gap(rollouts, log_probs)
         tolerance = self.config.rollout.parity_tolerance
         assert tolerance is not None
-        check_parity(largest, mean, tolerance, self.actor.version)
+        if "parity" not in self.config.guards.off:
+            check_parity(largest, mean, tolerance, self.actor.version)
         return {"rollout/log_prob_gap_max": largest, "rollout/log_prob_gap_mean": mean}

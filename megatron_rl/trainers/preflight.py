@@ -16,12 +16,15 @@ from megatron_rl.config.rules import Config
 from megatron_rl.config.schema import PRETRAINED, RANDOM, EmaAxis, SftConfig
 from megatron_rl.data.chat import encode_response
 from megatron_rl.data.planner import plan_step
+from megatron_rl.data.sources import TASK_PREFIX
 from megatron_rl.data.tokenizer import load_tokenizer
-from megatron_rl.models.hf_config import ModelShape, check_layout, load_shape, num_parameters
+from megatron_rl.models.hf_config import ModelShape, check_layout, load_shape, num_parameters, tensor_shapes
 from megatron_rl.models.hf_map import WeightMap
 from megatron_rl.rewards.pool import RewardPool
+from megatron_rl.rewards.reasoning import check_task
 from megatron_rl.trainers.correction import read_criteria
 from megatron_rl.trainers.data import held_out_prompts, train_examples, train_prompts
+from megatron_rl.trainers.guards import rules_of
 from megatron_rl.trainers.resume import latest_checkpoint
 
 
@@ -44,6 +47,7 @@ def preflight(config: Config) -> Findings:
     shape = load_shape(config.model.path)
     check_layout(shape, tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp)
     _check_weights(config, shape)
+    rules_of(config)
     tokenizer = load_tokenizer(config.model.path)
     _check_vocabulary(tokenizer, shape)
     lengths, rows = _first_step(config, tokenizer)
@@ -51,6 +55,7 @@ def preflight(config: Config) -> Findings:
     if not isinstance(config, SftConfig):
         read_criteria(config.rollout_correction.reject)
     if not isinstance(config, SftConfig) or held_out is not None:
+        _check_tasks(config)
         RewardPool(config.reward.name, config.reward.options, workers=1, deadline_s=config.reward.deadline_s).close()
     _plan(config, lengths)
     return Findings(
@@ -60,6 +65,13 @@ def preflight(config: Config) -> Findings:
         step_lengths=lengths,
         warnings=_warnings(config),
     )
+
+
+def _check_tasks(config: Config) -> None:
+    """The reward would refuse every answer to such a task, one by one."""
+    if config.reward.name == "reasoning":
+        for source in (config.data.train, config.data.val or ""):
+            check_task(source.removeprefix(TASK_PREFIX), evaluate=bool(config.reward.options.get("evaluate")))
 
 
 def _warnings(config: Config) -> list[str]:
@@ -79,7 +91,9 @@ def _check_weights(config: Config, shape: ModelShape) -> None:
     """The weights to start from, and the checkpoint that the run would continue from, are of this model."""
     if config.model.weights == PRETRAINED:
         names = WeightMap(shape.family.rules, num_layers=shape.num_layers, tied=shape.tied).hf_names()
-        SafetensorsReader(config.model.path).check(names)
+        reader = SafetensorsReader(config.model.path)
+        reader.check(names)
+        reader.check_shapes(tensor_shapes(config.model.path))
     elif config.model.weights != RANDOM:
         check_model(find_checkpoint(config.model.weights), "actor", shape.identity())
     latest = latest_checkpoint(config)

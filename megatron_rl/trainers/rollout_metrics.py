@@ -1,10 +1,12 @@
 """What a rollout batch looks like, under the names that users of verl know."""
 
+from collections import Counter
 from collections.abc import Sequence
-from statistics import fmean
+from statistics import fmean, pstdev
 
 from torch import Tensor
 
+from megatron_rl.data.samples import Sample
 from megatron_rl.rewards.pool import count_failures
 from megatron_rl.trainers.evaluate import is_correct
 from megatron_rl.types import RolloutGroup
@@ -25,7 +27,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup], advantages: Tensor) -> dict[
     parts = sorted({name for reward in judged for name in reward.parts})
     failures = count_failures(rewards)
     tokens = sum(lengths) + sum(len(group.prompt.token_ids) * len(group.rollouts) for group in groups)
-    return {
+    figures = {
         **_summary("critic/score", [reward.value for reward in judged]),
         **_summary("critic/advantages", advantages.tolist()),
         **{f"reward/{name}": fmean(r.parts[name] for r in judged if name in r.parts) for name in parts},
@@ -38,6 +40,32 @@ def rollout_metrics(groups: Sequence[RolloutGroup], advantages: Tensor) -> dict[
         "rollout/entropy": -fmean(log_prob for rollout in rollouts for log_prob in rollout.log_probs),
         "perf/total_num_tokens": tokens,
     }
+    if judged:
+        figures["critic/score/std"] = pstdev(reward.value for reward in judged)
+    if len({group.prompt.index for group in groups}) > 1:
+        figures["rollout/commonest_response"] = _commonest([rollout.text for rollout in rollouts])
+    return figures
+
+
+def _commonest(texts: Sequence[str]) -> float:
+    """The share of the commonest text."""
+    return Counter(texts).most_common(1)[0][1] / len(texts)
+
+
+def sample_records(groups: Sequence[RolloutGroup], samples: Sequence[Sample]) -> list[dict[str, float | None]]:
+    """What a step's samples were, one record each; the reward is null where there was none."""
+    pairs = [(rollout, reward) for group in groups for rollout, reward in zip(group.rollouts, group.rewards)]
+    return [
+        {
+            "id": sample.id,
+            "prompt": rollout.prompt_index,
+            "sample": rollout.sample_index,
+            "prompt_length": sample.prompt_length,
+            "response_length": sample.response_length,
+            "reward": reward.value if reward.reason is None else None,
+        }
+        for (rollout, reward), sample in zip(pairs, samples, strict=True)
+    ]
 
 
 def rollout_histograms(groups: Sequence[RolloutGroup], advantages: Tensor) -> dict[str, list[float]]:

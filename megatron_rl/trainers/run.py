@@ -1,6 +1,8 @@
 """The loop that every trainer runs in: continue, step, evaluate, log, save, export."""
 
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -8,20 +10,26 @@ from typing import Any, Protocol
 import torch.distributed as dist
 
 from megatron_rl.checkpoint.hf import write_model
+from megatron_rl.checkpoint.store import Role
 from megatron_rl.config.load import as_dict, save_config
 from megatron_rl.config.rules import Config
 from megatron_rl.config.schema import GrpoConfig, SftConfig
+from megatron_rl.metrics.progress import NOTES, bytes_in, progress
 from megatron_rl.metrics.timing import Timer
 from megatron_rl.metrics.types import StepLog
 from megatron_rl.metrics.writer import Writer
+from megatron_rl.parallel.collect import any_rank
 from megatron_rl.parallel.mesh import Mesh, create_mesh, destroy_mesh
+from megatron_rl.parallel.stop import StopRequest
+from megatron_rl.parallel.watchdog import watch
 from megatron_rl.report.curves import has_curve, plot_learning_curve
 from megatron_rl.trainers import grpo, sft
 from megatron_rl.trainers.banner import banner
 from megatron_rl.trainers.data import held_out_prompts
 from megatron_rl.trainers.evaluate import Evaluator
+from megatron_rl.trainers.guards import Guards
 from megatron_rl.trainers.parts import Parts
-from megatron_rl.trainers.resume import checkpoint_store, latest_checkpoint
+from megatron_rl.trainers.resume import checkpoint_store, differences, latest_checkpoint, origin
 from megatron_rl.types import RolloutGroup
 from megatron_rl.workers.model_worker import ModelWorker
 
@@ -29,10 +37,12 @@ SHOWN_ANSWERS = 8
 
 
 class Trainer(Protocol):
-    """What a trainer brings: its parts and the model it trains, one step, and what else must be saved of it."""
+    """What a trainer brings: its parts and the model it trains, one step, and what must be saved of it."""
 
     parts: Parts
     actor: ModelWorker
+
+    def roles(self) -> dict[str, Role]: ...
 
     def step(self, step: int, timer: Timer) -> StepLog: ...
 
@@ -53,30 +63,34 @@ def run(config: Config) -> None:
     """Trains from the first step, or from the one after the run directory's latest checkpoint. Collective."""
     layout = asdict(config.parallel)
     mesh = create_mesh(**layout, seed=config.train.seed)
-    trainer = build(config, mesh)
     try:
-        Run(config, mesh, trainer).loop()
+        with StopRequest(announce=mesh.rank == 0 and NOTES not in os.environ) as stop, watch(config.run.hang_timeout_s):
+            trainer = build(config, mesh)
+            with closing(trainer.parts):
+                Run(config, mesh, trainer, stop).loop()
     finally:
-        trainer.parts.close()
         destroy_mesh()
 
 
 class Run:
     """One run directory: its checkpoints, logs and exported model."""
 
-    def __init__(self, config: Config, mesh: Mesh, trainer: Trainer) -> None:
-        self.config, self.mesh, self.trainer = config, mesh, trainer
+    def __init__(self, config: Config, mesh: Mesh, trainer: Trainer, stop: StopRequest) -> None:
+        self.config, self.mesh, self.trainer, self.stop = config, mesh, trainer, stop
+        self.saved = 0  # the last step that a checkpoint holds
         self.directory = Path(config.run.dir)
         self.store = checkpoint_store(config)
         held_out = held_out_prompts(config, trainer.parts.tokenizer)
         self.evaluator = None
         if held_out is not None:
             self.evaluator = Evaluator(trainer.parts, trainer.actor, held_out.all())
+        self.guards = Guards(config)
         self.timer = Timer()
         self.writer: Writer | None = None
+        self.differences: list[str] = []
 
     def loop(self) -> None:
-        done = self._resume()
+        done = self.saved = self._resume()
         last = min(self.config.train.steps, self.config.run.stop_after or self.config.train.steps)
         if dist.get_rank() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -91,12 +105,19 @@ class Run:
                 config=as_dict(self.config),
             )
             print(banner(self.config, self.mesh, self.trainer.actor, done), flush=True)
+            for difference in self.differences:
+                print(f"{'changed':<14} {difference}", flush=True)
         try:
             if done == 0:
                 self._log(0, self._evaluate(0))
             for step in range(done + 1, last + 1):
+                if any_rank(self.stop.asked):
+                    return self._stop(step - 1)
                 self._step(step)
-            if last == self.config.train.steps and last > done:
+                self.store.poll()
+            self._complete()
+            # An earlier process may have been killed between its last checkpoint and its export.
+            if last == self.config.train.steps and (last > done or not (self.directory / "hf").is_dir()):
                 self._export()
                 self._draw(last)
         finally:
@@ -104,8 +125,9 @@ class Run:
                 self.writer.close()
 
     def _step(self, step: int) -> None:
+        progress.begin(step)
         with self.timer("step"):
-            metrics, histograms = self.trainer.step(step, self.timer)
+            metrics, histograms, samples = self.trainer.step(step, self.timer)
         seconds = self.timer.metrics()
         self.timer.reset()
         rate = metrics["perf/total_num_tokens"] / seconds["timing_s/step"]
@@ -119,9 +141,34 @@ class Run:
         if self._due(step, self.config.eval.every) or final:
             metrics |= self._evaluate(step)
         self._log(step, metrics, histograms if self._due(step, self.config.log.histograms_every) else {})
+        self.guards(step, metrics, samples)
         if self._due(step, self.config.checkpoint.every) or final or step == self.config.run.stop_after:
-            state = {"trainer": self.config.trainer, "state": self.trainer.state()}
-            self.store.save(step, {"actor": self.trainer.actor}, state)
+            self._save(step)
+
+    def _save(self, step: int) -> None:
+        state = {"state": self.trainer.state(), "guards": self.guards.state_dict()}
+        with self._writing(self.store.directory, "save_checkpoint"):
+            self.store.save(step, self.trainer.roles(), {**origin(self.config), **state})
+        self.saved = step
+
+    def _stop(self, step: int) -> None:
+        """A signal has asked for it; nothing is lost."""
+        if step > self.saved:
+            self._save(step)
+        self._complete()
+        if self.mesh.rank == 0:
+            by = self.stop.signal.name if self.stop.signal else "a signal to another rank"
+            where = f"after step {step}; checkpoint saved" if step else "before the first step"
+            print(f"megatron-rl: stopped by {by} {where}; run the same command to go on", flush=True)
+
+    def _complete(self) -> None:
+        """A checkpoint that is being written in the background is waited for."""
+        with self._writing(self.store.directory, "save_checkpoint"):
+            self.store.complete()
+
+    def _writing(self, directory: Path, phase: str) -> AbstractContextManager[None]:
+        """As long as the directory grows, a write is no hang; rank 0 looks for all."""
+        return progress.phase(phase, (lambda: bytes_in(directory)) if self.mesh.rank == 0 else None)
 
     @staticmethod
     def _due(step: int, every: int) -> bool:
@@ -132,8 +179,10 @@ class Run:
         path = latest_checkpoint(self.config)
         if path is None:
             return 0
-        state = self.store.load(path, {"actor": self.trainer.actor})
+        self.differences = differences(path, self.config)
+        state = self.store.load(path, self.trainer.roles(), other_roles=self.config.run.allow_changes)
         self.trainer.load_state(state["state"])
+        self.guards.load_state_dict(state["guards"])
         return int(state["step"])
 
     def _evaluate(self, step: int) -> dict[str, float]:
@@ -148,12 +197,13 @@ class Run:
         return metrics | seconds
 
     def _export(self) -> None:
-        write_model(
-            self.trainer.actor.named_hf_weights(),
-            self.directory / "hf",
-            like=self.config.model.path,
-            write=dist.get_rank() == 0,
-        )
+        with self._writing(self.directory / "hf.partial", "export"):
+            write_model(
+                self.trainer.actor.named_hf_weights(),
+                self.directory / "hf",
+                like=self.config.model.path,
+                write=dist.get_rank() == 0,
+            )
 
     def _draw(self, step: int) -> None:
         """The learning curve, where there is something to draw."""

@@ -3,6 +3,7 @@
 from statistics import fmean
 from typing import Any
 
+from megatron_rl.checkpoint.store import Role
 from megatron_rl.config.schema import SftConfig
 from megatron_rl.data.chat import encode_response
 from megatron_rl.data.samples import from_example, weighed
@@ -10,6 +11,7 @@ from megatron_rl.data.sources import ExampleSource
 from megatron_rl.metrics.timing import Timer
 from megatron_rl.metrics.types import StepLog
 from megatron_rl.parallel.mesh import Mesh
+from megatron_rl.trainers.audit import audit_padding, audit_samples
 from megatron_rl.trainers.data import train_examples
 from megatron_rl.trainers.parts import Parts
 from megatron_rl.workers.model_worker import ModelWorker
@@ -25,10 +27,9 @@ class SftTrainer:
 
     def step(self, step: int, timer: Timer) -> StepLog:
         actor, config = self.actor, self.config
-        examples = [
-            from_example(i, prompt.token_ids, encode_response(self.parts.tokenizer, response))
-            for i, (prompt, response) in enumerate(self.source.next(config.train.batch_size))
-        ]
+        drawn = self.source.next(config.train.batch_size)
+        pairs = [(prompt.token_ids, encode_response(self.parts.tokenizer, response)) for prompt, response in drawn]
+        examples = [from_example(i, *pair) for i, pair in enumerate(pairs)]
         samples = weighed(examples, "token-mean")
         plan = actor.plan(samples, config.train.max_tokens_per_micro_batch)
         with timer("update_actor"):
@@ -42,8 +43,17 @@ class SftTrainer:
             "actor/skipped": float(not update.applied),
             "response_length/mean": fmean(lengths),
             "perf/total_num_tokens": float(sum(map(len, samples))),
+            **audit_samples(pairs, samples),
+            **audit_padding(self.parts.tokenizer, self.parts.stop),
         }
-        return StepLog(scalars, {"response_length": lengths})
+        records = [
+            {"id": sample.id, "prompt": prompt.index, "response_length": sample.response_length}
+            for sample, (prompt, _) in zip(samples, drawn)
+        ]
+        return StepLog(scalars, {"response_length": lengths}, records)
+
+    def roles(self) -> dict[str, Role]:
+        return {"actor": self.actor}
 
     def state(self) -> dict[str, Any]:
         return {"source": self.source.state_dict()}

@@ -14,13 +14,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoConfig
 
 from megatron_rl.config.rules import Config
 from megatron_rl.config.schema import RANDOM, ModelConfig, OptimConfig, SftConfig
 from megatron_rl.data.planner import StepPlan
 from megatron_rl.data.samples import Sample, from_example, weighed
-from megatron_rl.models.hf_config import load_shape
+from megatron_rl.models.hf_config import load_config, load_shape
 from megatron_rl.parallel.collect import any_rank
 from megatron_rl.parallel.mesh import create_mesh, destroy_mesh, join_world
 from megatron_rl.trainers.objectives import policy_objective
@@ -89,7 +88,7 @@ def cuts(world: int) -> Iterator[Cut]:
 
 def tiny_directory(model_path: str, directory: Path) -> None:
     """A config of the same family, biases, norms, tying and rotary embedding, with the sizes of TINY."""
-    config = AutoConfig.from_pretrained(model_path)
+    config = load_config(model_path)
     for name, value in TINY.items():
         setattr(config, name, value)
     # Where the family derives one entry per layer, it is to be derived again.

@@ -1,6 +1,7 @@
 """One Megatron model under training: forward_backward, step, saved state."""
 
 import gc
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +18,10 @@ from megatron_rl.data.samples import Sample
 from megatron_rl.metrics.types import Metrics, merge
 from megatron_rl.models.build import LanguageModel
 from megatron_rl.models.exchange import export_weights
-from megatron_rl.parallel.collect import reduce_metrics
+from megatron_rl.parallel.collect import any_rank, reduce_metrics
 from megatron_rl.parallel.mesh import Mesh
 from megatron_rl.parallel.schedule import LossFunction, run_schedule
+from megatron_rl.workers import adam_state
 from megatron_rl.workers.objective import Objective, token_stats
 from megatron_rl.workers.sharded_model import DTYPES, ShardedModel
 
@@ -47,6 +49,7 @@ class ModelWorker(ShardedModel):
         self.optimizer = get_megatron_optimizer(_optimizer_config(optim, DTYPES[model.dtype.value]), self.chunks)
         self.config.grad_scale_func = self.optimizer.scale_loss
         self.scheduler = _scheduler(self.optimizer, optim, total_steps)
+        self.loss_is_finite = True
 
     def _wrap(self, index: int, chunk: LanguageModel) -> DistributedDataParallel:
         """Gradients are kept and reduced in fp32; the distributed optimizer is on at every size, DP = 1 too."""
@@ -73,6 +76,7 @@ class ModelWorker(ShardedModel):
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        self.loss_is_finite = True
 
         def step(chunk: Any, batch: MicroBatch) -> tuple[Tensor, LossFunction]:
             def loss(hidden: Tensor) -> tuple[Tensor, Metrics]:
@@ -85,7 +89,9 @@ class ModelWorker(ShardedModel):
                     entropy=objective.entropy,
                     chunk=self.vocabulary_chunk,
                 )
-                return objective(stats, batch)
+                outcome = objective(stats, batch)
+                self.loss_is_finite &= math.isfinite(outcome.loss.detach())
+                return outcome
 
             return self._forward(chunk, batch), loss
 
@@ -97,8 +103,14 @@ class ModelWorker(ShardedModel):
         return reduce_metrics(total, self.mesh)
 
     def step(self) -> StepResult:
-        """Clips, updates the weights, advances the learning rate."""
+        """Clips, updates the weights, advances the learning rate; or nothing of it, on every rank.
+
+        Without a loss scaler megatron-core does not look at what it clips: a NaN or an infinite norm would reach every
+        weight and moment. So nothing is asked of it where any rank's loss or gradients are not finite.
+        """
         lr = self.lr
+        if any_rank(not (self.loss_is_finite and self._gradients_are_finite())):
+            return StepResult(math.nan, lr, applied=False)
         applied, grad_norm, _ = self.optimizer.step()
         if applied:
             self.scheduler.step(increment=1)
@@ -116,24 +128,21 @@ class ModelWorker(ShardedModel):
         return export_weights(self.models, self.mesh, lambda parameter: _main_grad(parameter))
 
     def sharded_state(self, *, loading: bool) -> dict[str, Any]:
-        """Parameters and optimizer as megatron-core's sharded tensors (which reshard), and the schedule."""
+        """Parameters and optimizer as megatron-core's sharded tensors, and the schedule."""
         weights = self._sharded_weights()
         return {
             **weights,
-            "optimizer": self.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=self._metadata()),
+            "optimizer": adam_state.sharded_state(self.optimizer, weights, self.mesh.dp_group, loading=loading),
             "scheduler": self.scheduler.state_dict(),
             "version": self.version,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Takes back what `sharded_state` gave out."""
-        for name, model in zip(self._names(), self.models):
-            model.load_state_dict(state[name])
-        self.optimizer.load_state_dict(state["optimizer"])
+        super().load_state(state)
+        adam_state.load_state(self.optimizer, state["optimizer"], self.mesh.dp_group)
         # megatron-core adds the saved count to the present one.
         self.scheduler.num_steps = 0
         self.scheduler.load_state_dict(state["scheduler"])
-        self.version = state["version"]
 
     def close(self) -> None:
         """Frees the buffers and process groups of a worker that the process is to outlive.
@@ -144,6 +153,11 @@ class ModelWorker(ShardedModel):
             vars(chunk).clear()
         self.chunks = []
         gc.collect()
+
+    def _gradients_are_finite(self) -> bool:
+        """Of all gradients on this rank, those that the optimizer's norm leaves out as duplicates too."""
+        norms = [buffer.grad_data.norm() for chunk in self.chunks for buffer in chunk.buffers]
+        return bool(torch.stack(norms).isfinite().all())
 
     def _complete_gradients(self) -> None:
         """After reduce-scatter each data-parallel rank holds its shard of the buffer; this fills in the rest."""

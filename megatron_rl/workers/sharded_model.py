@@ -59,9 +59,7 @@ class ShardedModel:
 
     def load_checkpoint(self, path: Path) -> None:
         """Takes the actor's weights, and nothing else, from a checkpoint. Collective."""
-        loaded = load_weights(path, "actor", self.identity(), self._sharded_weights())
-        for name, model in zip(self._names(), self.models):
-            model.load_state_dict(loaded[name])
+        self._load_weights(load_weights(path, "actor", self.identity(), self._sharded_weights()))
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with."""
@@ -73,15 +71,28 @@ class ShardedModel:
     def _metadata(self) -> dict[str, Any]:
         """How megatron-core is to write: a format that any other layout can read."""
         return {
-            "distrib_optim_sharding_type": "fully_reshardable",
-            "chained_optim_avoid_prefix": True,
             "singleton_local_shards": False,
             "dp_cp_group": self.mesh.dp_group,
         }
 
     def _sharded_weights(self) -> dict[str, Any]:
+        """Without the `_extra_state` of layers: only fp8 has any, and which layers have it depends on their library."""
         metadata = self._metadata()
-        return {name: model.sharded_state_dict(metadata=metadata) for name, model in zip(self._names(), self.models)}
+        trees = {name: model.sharded_state_dict(metadata=metadata) for name, model in zip(self._names(), self.models)}
+        return {name: {key: t for key, t in tree.items() if not _is_extra(key)} for name, tree in trees.items()}
+
+    def _load_weights(self, trees: dict[str, Any]) -> None:
+        for name, model in zip(self._names(), self.models):
+            model.load_state_dict(trees[name] | dict.fromkeys(filter(_is_extra, model.state_dict())))
+
+    def sharded_state(self, *, loading: bool) -> dict[str, Any]:
+        """The weights as megatron-core's sharded tensors, which reshard."""
+        return {**self._sharded_weights(), "version": self.version}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Takes back what `sharded_state` gave out."""
+        self._load_weights(state)
+        self.version = state["version"]
 
     def plan(self, samples: Sequence[Sample], max_tokens: int) -> StepPlan:
         """Cuts one mini-batch into micro-batches, the same number on every rank."""
@@ -149,3 +160,7 @@ class ShardedModel:
     def named_hf_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, full tensor) on every rank; collective."""
         return export_weights(self.models, self.mesh)
+
+
+def _is_extra(key: str) -> bool:
+    return key.endswith("_extra_state")

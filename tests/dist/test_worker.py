@@ -1,6 +1,5 @@
 """The worker's verbs: log-probabilities, steps and saved state are the same under every layout."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -48,28 +47,6 @@ def _linear() -> Any:
     return Schedule.linear
 
 
-def save_after(directory: str, layout: dict, checkpoints: str, steps: int) -> list:
-    """Trains, saves, trains on: the history of the steps after the save."""
-    from megatron_rl.checkpoint.store import CheckpointStore
-
-    worker = make_worker(directory, layout, lr=1e-2, warmup_steps=3, schedule=_linear())
-    for _ in range(steps):
-        update(worker)
-    CheckpointStore(checkpoints, keep=2).save(steps, {"actor": worker}, {"note": [1, "two"]})
-    return [update(worker) for _ in range(2)]
-
-
-def load_and_go_on(directory: str, layout: dict, checkpoints: str) -> tuple[dict, int, list]:
-    from megatron_rl.checkpoint.store import CheckpointStore
-
-    worker = make_worker(directory, layout, lr=1e-2, warmup_steps=3, schedule=_linear())
-    store = CheckpointStore(checkpoints, keep=2)
-    path = store.latest()
-    assert path is not None
-    state = store.load(path, {"actor": worker})
-    return state, worker.version, [update(worker) for _ in range(2)]
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(tiny_model(tmp_path_factory.mktemp("models") / "qwen2", "qwen2", tied=True))
@@ -109,18 +86,3 @@ def test_bfloat16_keeps_float32_masters(pool: Pool, model: str) -> None:
     history, _ = pool.run(train, 2, model, {"tp": 2}, 4, "bfloat16")[0]
     expected, _ = pool.run(train, 1, model, {}, 4, "float32")[0]
     assert history[3][0] == pytest.approx(expected[3][0], abs=0.03)
-
-
-@pytest.mark.parametrize("saved", ["tp2_sp", "pp2", "dp2"])
-def test_saved_state_goes_on_under_other_layouts(pool: Pool, model: str, tmp_path: Path, saved: str) -> None:
-    world, options = LAYOUTS[saved]
-    after = pool.run(save_after, world, model, options, str(tmp_path), 2)[0]
-    for loaded in LAYOUTS:
-        world, options = LAYOUTS[loaded]
-        for state, version, found in pool.run(load_and_go_on, world, model, options, str(tmp_path)):
-            assert (state["step"], state["note"], version) == (2, [1, "two"], 2)
-            for step, expected in zip(found, after, strict=True):
-                # The same layout goes on bit by bit.
-                assert step == (expected if loaded == saved else pytest.approx(expected, rel=2e-4))
-    assert (tmp_path / "latest").read_text() == "step_00000002\n"
-    assert not list(tmp_path.glob("*.partial"))

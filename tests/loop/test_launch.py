@@ -1,18 +1,21 @@
 """The command line and torchrun: several nodes, wrong worlds, exit codes, signals."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
-import pytest
 
-from tests.loop.test_trainers import QUICKSTART, command, place, steps  # noqa: F401
+from tests.dist.pool import Pool
+from tests.loop.test_stop import nothing_is_left, processes_in
+from tests.loop.test_trainers import QUICKSTART, command, place, steps, train  # noqa: F401
 
 SFT = f"{QUICKSTART}/sft.yaml"
 
@@ -60,38 +63,83 @@ def test_a_world_that_does_not_fit_the_layout(place: Path, tmp_path: Path) -> No
     assert not (tmp_path / "run").exists()
 
 
-@pytest.fixture
-def running(place: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen, list[psutil.Process]]]:  # noqa: F811
-    """A run of two ranks that has taken its first step, and the ranks."""
-    options = ["train", SFT, "parallel.dp=2", "train.steps=100000", "eval.limit=1", f"run.dir={tmp_path}/run"]
+# The number of steps may change where the learning rate does not depend on it.
+ENDLESS = ("parallel.dp=2", "optim.schedule=constant")
+
+
+@contextmanager
+def started(place: Path, run_dir: Path) -> Iterator[tuple[subprocess.Popen, list[psutil.Process]]]:  # noqa: F811
+    """A run of two ranks without an end, and the ranks. Afterwards nothing is left of it."""
+    before, shared_memory = processes_in(place), set(os.listdir("/dev/shm"))
+    options = ["train", SFT, *ENDLESS, "train.steps=100000", "eval.limit=1", f"run.dir={run_dir}"]
     command = [sys.executable, "-m", "megatron_rl", *options]
-    with subprocess.Popen(command, cwd=place, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as run:
-        lines = tmp_path / "run" / "metrics.jsonl"
-        deadline = time.monotonic() + 120
-        while not lines.exists() or lines.read_text().count("\n") < 2:
-            assert run.poll() is None and time.monotonic() < deadline, run.stderr
-            time.sleep(0.2)
-        ranks = [child for child in psutil.Process(run.pid).children() if "megatron_rl" in child.cmdline()]
-        assert len(ranks) == 2
-        yield run, sorted(ranks, key=lambda rank: rank.environ()["RANK"])
-        run.kill()
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=place, text=True, **streams) as run:
+        try:
+            yield run, wait_for_ranks(run)
+            assert run.poll() is not None
+            assert nothing_is_left(place, before)
+            assert set(os.listdir("/dev/shm")) <= shared_memory
+        finally:
+            run.kill()
 
 
-def all_gone(ranks: list[psutil.Process]) -> bool:
-    return not psutil.wait_procs(ranks, timeout=10)[1]
+def wait_for_ranks(run: subprocess.Popen) -> list[psutil.Process]:
+    deadline = time.monotonic() + 120
+    while run.poll() is None and time.monotonic() < deadline:
+        # Between its fork and its exec a child looks like its parent.
+        ranks = {child.environ().get("RANK"): child for child in psutil.Process(run.pid).children()}
+        if {"0", "1"} <= ranks.keys():
+            return [ranks["0"], ranks["1"]]
+        time.sleep(0.1)
+    raise AssertionError("the run has not started its ranks")
 
 
-def test_a_signal_reaches_the_ranks(running: tuple[subprocess.Popen, list[psutil.Process]]) -> None:
-    run, ranks = running
-    os.kill(run.pid, signal.SIGTERM)
-    assert run.wait(timeout=60) == 128 + signal.SIGTERM
-    assert all_gone(ranks)
+def wait_for_a_step(run: subprocess.Popen, run_dir: Path) -> None:
+    lines = run_dir / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not lines.exists() or lines.read_text().count("\n") < 2:
+        assert run.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
 
 
-def test_the_exit_code_of_a_lost_rank(running: tuple[subprocess.Popen, list[psutil.Process]]) -> None:
-    run, ranks = running
-    ranks[1].kill()
-    assert run.wait(timeout=60) == 128 + signal.SIGKILL
-    assert run.stderr is not None
-    assert "megatron-rl: rank 1 ended with exit code 137; the other ranks were stopped" in run.stderr.read()
-    assert all_gone(ranks)
+def test_a_signal_stops_the_run_after_a_step(pool: Pool, place: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Exit code 0 and a checkpoint of the very last step, which the same command continues from."""
+    with started(place, tmp_path / "run") as (run, _):
+        wait_for_a_step(run, tmp_path / "run")
+        os.kill(run.pid, signal.SIGTERM)
+        out, errors = run.communicate(timeout=60)
+    assert run.returncode == 0
+    assert "megatron-rl: SIGTERM: the run saves and stops at the next step boundary; a second signal" in errors
+    last = steps(tmp_path / "run")[-1]["step"]
+    assert out.splitlines()[-1] == (
+        f"megatron-rl: stopped by SIGTERM after step {last}; checkpoint saved; run the same command to go on"
+    )
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == f"step_{last:08d}\n"
+    options = [*ENDLESS, "eval.limit=1", f"train.steps={last + 1}", f"run.dir={tmp_path}/run"]
+    pool.run(train, 2, str(place), SFT, options)
+    assert [row["step"] for row in steps(tmp_path / "run")] == list(range(last + 2))
+
+
+def test_a_second_signal_ends_the_run_at_once(place: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Also while its ranks are still starting, where the first one waits for them."""
+    with started(place, tmp_path / "run") as (run, ranks):
+        os.kill(run.pid, signal.SIGUSR1)
+        time.sleep(1.5)
+        assert run.poll() is None and all(rank.is_running() for rank in ranks)
+        os.kill(run.pid, signal.SIGTERM)
+        assert run.wait(timeout=30) == 128 + signal.SIGTERM
+
+
+def test_a_lost_rank_is_named_with_its_place(place: Path, tmp_path: Path) -> None:  # noqa: F811
+    with started(place, tmp_path / "run") as (run, ranks):
+        wait_for_a_step(run, tmp_path / "run")
+        ranks[1].kill()
+        _, errors = run.communicate(timeout=60)
+    assert run.returncode == 128 + signal.SIGKILL
+    assert "Traceback" not in errors
+    (said,) = [line for line in errors.splitlines() if line.startswith("megatron-rl: ")]
+    told = re.fullmatch(
+        r"megatron-rl: rank 1 was killed by SIGKILL in step (\d+)(, phase \w+)?; the other ranks were stopped", said
+    )
+    assert told and 0 <= int(told[1]) - steps(tmp_path / "run")[-1]["step"] <= 1, said

@@ -114,7 +114,24 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
         ["train.max_tokens_per_micro_batch=5"],
         ["6 tokens", "max_tokens"],
     ),
+    "unknown guard": (lambda f: None, ["guards.off=[grad_spikes]"], ["guards.off", "'grad_spikes'", "'grad_spike'"]),
+    "limit with an option of its own": (
+        lambda folder: None,
+        ["guards.limits={parity: 0.1}"],
+        ["guards.limits.parity=0.1", "rollout.parity_tolerance"],
+    ),
+    "no skipped steps": (lambda folder: None, ["guards.max_skipped_steps=0"], ["guards.max_skipped_steps=0"]),
     "task without size": (lambda folder: None, ["data.train=reasoning-gym:chain_sum"], ["data.task.size"]),
+    "task whose verifier runs text": (
+        lambda folder: None,
+        [
+            "data.train=reasoning-gym:puzzle24",
+            "data.task.size=2",
+            "reward.name=reasoning",
+            "data.max_prompt_tokens=999",
+        ],
+        ["'puzzle24'", "reward.options.evaluate=true"],
+    ),
     "weights that are nowhere": (
         lambda folder: None,
         ["model.weights=runs/none"],
@@ -150,20 +167,24 @@ def test_mistakes(folder: Path, capsys: pytest.CaptureFixture, case: str) -> Non
 
 def saved_run(folder: Path, **changes: object) -> None:
     """A run directory with the checkpoint of a model like the config's, but for `changes`."""
+    from megatron_rl.checkpoint.manifest import files_of, measure, write_manifest
+    from megatron_rl.config.load import load_config
     from megatron_rl.models.hf_config import load_shape
+    from megatron_rl.trainers.resume import origin
 
     checkpoint = folder / "run" / "checkpoints" / "step_00000002"
     checkpoint.mkdir(parents=True)
     (checkpoint.parent / "latest").write_text("step_00000002\n")
     identity = load_shape(folder / "model").identity() | changes
-    state = {"step": 2, "models": {"actor": identity}, "trainer": changes.get("trainer", "grpo"), "state": {}}
-    (checkpoint / "state.json").write_text(json.dumps(state))
+    state = {"step": 2, "models": {"actor": identity}, **origin(load_config("config.yaml"))}
+    (checkpoint / "state.json").write_text(json.dumps(state | {"trainer": changes.get("trainer", "grpo")}))
+    write_manifest(checkpoint, measure(checkpoint, files_of(checkpoint)))
 
 
 SAVED: dict[str, tuple[dict, list[str], list[str]]] = {
     "another model": ({"hidden_size": 128}, [], ["of another model", "hidden_size is 128 there and 64"]),
     "other rotary frequencies": ({"inv_freq": "0"}, ["model.weights=run"], ["of another model", "inv_freq"]),
-    "another trainer": ({"trainer": "sft"}, [], ["run.dir='run'", "'sft', not 'grpo'", "run.resume=false"]),
+    "another trainer": ({"trainer": "sft"}, [], ["step_00000002 is of trainer 'sft', not 'grpo'", "run.resume=false"]),
 }
 
 

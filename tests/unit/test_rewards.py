@@ -134,7 +134,7 @@ def test_reasoning_uses_the_verifier_and_not_the_text_of_the_answer() -> None:
     pytest.importorskip("reasoning_gym", reason="needs the extra megatron_rl[tasks]")
     entry = {"question": "?", "answer": "94*4 - 61 - 6", "metadata": {"numbers": [6, 61, 94, 4], "target": 309}}
     prompt = ask(dataset="countdown", entry=entry)
-    other_way = REWARDS["reasoning"](prompt, say("<answer>4*94 - (61 + 6)</answer>"))
+    other_way = REWARDS["reasoning"](prompt, say("<answer>4*94 - (61 + 6)</answer>"), evaluate=True)
     assert other_way.value == 1.0  # type: ignore[union-attr]
 
 

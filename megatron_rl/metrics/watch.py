@@ -1,0 +1,101 @@
+"""The monitor that applies rules to a run's figures, step by step.
+
+It is fed by the guards of a running job, and can be fed the rows of a finished job's `metrics.jsonl`: both find the
+same.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import fmean, median
+from typing import Any, NamedTuple
+
+from megatron_rl.metrics.rules import Kind, Rule
+
+
+class Alarm(NamedTuple):
+    """One finding: which rule, where, and by how much. `threshold` is what the value was compared with."""
+
+    step: int
+    rule: Rule
+    figure: str
+    value: float
+    threshold: float
+
+    @property
+    def message(self) -> str:
+        """What was seen, the likely cause and what to try, in one line."""
+        rule = self.rule
+        side = "below" if rule.is_lower_bound else "above"
+        seen = f"the mean of {self.figure}" if rule.kind is Kind.fall else self.figure
+        steps = f" on {rule.patience} steps in a row" if rule.patience > 1 else ""
+        # Adding zero makes zero of a negative zero.
+        return (
+            f"step {self.step}: {rule.name}: {seen} is {self.value + 0.0:.4g}, {side} {self.threshold:.4g}{steps}. "
+            f"Likely cause: {rule.cause}. To try: {rule.remedy}"
+        )
+
+
+class Watch:
+    """Rules over a run's figures, step by step. A rule that has raised an alarm is silent until it has recovered.
+
+    What it remembers is plain JSON, so that a continued run raises the alarms of the uninterrupted one.
+    """
+
+    def __init__(self, rules: Sequence[Rule]) -> None:
+        self.rules = list(rules)
+        self.memory: dict[str, dict[str, Any]] = {}
+
+    def __call__(self, step: int, figures: Mapping[str, float | None]) -> list[Alarm]:
+        """The alarms that this step raises. `figures` are the step's row of `metrics.jsonl`, or what goes there."""
+        row = {name: value for name, value in figures.items() if value is not None and math.isfinite(value)}
+        found = (self._judge(step, rule, figure, row) for rule in self.rules for figure in rule.figures)
+        return [alarm for alarm in found if alarm is not None]
+
+    def _judge(self, step: int, rule: Rule, figure: str, row: Mapping[str, float]) -> Alarm | None:
+        if figure not in row:
+            return None
+        memory = self.memory.setdefault(f"{rule.name} {figure}", {"in_a_row": 0})
+        value, threshold = _compare(rule, row[figure], row.get(rule.scale, 0.0), memory)
+        excused = rule.unless is not None and row.get(rule.unless[0], -math.inf) >= rule.unless[1]
+        wrong = (
+            threshold is not None and not excused and (value < threshold if rule.is_lower_bound else value > threshold)
+        )
+        memory["in_a_row"] = memory["in_a_row"] + 1 if wrong else 0
+        if threshold is None or memory["in_a_row"] != rule.patience:
+            return None
+        return Alarm(step, rule, figure, value, threshold)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that later alarms depend on, as JSON."""
+        return {key: {name: _copy(value) for name, value in memory.items()} for key, memory in self.memory.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from `state_dict`."""
+        self.memory = {key: {name: _copy(value) for name, value in memory.items()} for key, memory in state.items()}
+
+
+def _copy(value: Any) -> Any:
+    return list(value) if isinstance(value, list) else value
+
+
+def _compare(rule: Rule, value: float, scale: float, memory: dict[str, Any]) -> tuple[float, float | None]:
+    """What is to be compared with what; None for the latter while too little has been seen. Adds to the memory."""
+    if rule.kind in (Kind.above, Kind.below):
+        return value, rule.limit
+    seen: list[float] = memory.setdefault("seen", [])
+    if rule.kind is Kind.above_median:
+        threshold = max(rule.limit * median(seen), rule.floor) if len(seen) >= rule.window // 2 else None
+        memory["seen"] = [*seen, value][-rule.window :]
+        return value, threshold
+    if rule.kind is Kind.fall:
+        seen = memory["seen"] = [*seen, value][-rule.window :]
+        memory["scale"] = max(memory.get("scale", 0.0), scale)
+        if len(seen) < rule.window or not memory["scale"]:
+            return value, None
+        mean = fmean(seen)
+        best = memory["best"] = max(memory.get("best", mean), mean)
+        return mean, best - rule.limit * memory["scale"]
+    if len(seen) < rule.window:
+        seen.append(value)
+        return value, None
+    return value, max(rule.limit * median(seen), rule.floor if rule.kind is Kind.above_start else -math.inf)

@@ -1,0 +1,69 @@
+"""The checksum of a tensor: what changes it, and what does not."""
+
+import pytest
+import torch
+
+from megatron_rl.rollout import checksum as module
+from megatron_rl.rollout.checksum import checksum
+
+BLOCK = 10
+
+
+def signed(number: int) -> int:
+    number &= (1 << 64) - 1
+    return number - (1 << 64) if number >> 63 else number
+
+
+def odd_number(place: int) -> int:
+    place = signed(place * 0x9E3779B97F4A7C15)
+    return (place ^ (place >> 31)) | 1
+
+
+def definition(tensor: torch.Tensor) -> int:
+    """The double sum in Python's own integers."""
+    total = 0
+    for i, bits in enumerate(tensor.flatten().view(torch.int32).tolist()):
+        total += odd_number(BLOCK + i // BLOCK) * odd_number(i % BLOCK) * bits
+    return signed(total)
+
+
+def test_it_is_its_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BLOCK", BLOCK)
+    tensor = torch.randn(7, 9, generator=torch.Generator().manual_seed(1))
+    assert checksum(tensor) == definition(tensor)
+    assert checksum(tensor.T.contiguous().T) == definition(tensor)  # the same values, stored another way
+    assert checksum(tensor[:0]) == 0
+
+
+@pytest.mark.parametrize("block", [100, module.BLOCK])
+def test_every_change_is_seen(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setattr(module, "BLOCK", block)
+    generator = torch.Generator().manual_seed(2)
+    tensor = torch.randn(64, 32, generator=generator)
+    rows = torch.arange(64)
+    changed = {
+        "one bit": torch.where(torch.arange(2048).view(64, 32) == 1000, tensor.nextafter(tensor + 1), tensor),
+        "two rows": tensor[torch.where(rows == 3, 9, torch.where(rows == 9, 3, rows))],
+        "neighbours": tensor[rows ^ 1],
+        "shifted": tensor.roll(1, 0),
+        "transposed": tensor.T.reshape(64, 32),
+        "rounded": tensor.bfloat16().float(),
+        "negated": -tensor,
+        "dropped": torch.zeros_like(tensor),
+    }
+    sums = {name: checksum(value) for name, value in changed.items()}
+    assert len({checksum(tensor), *sums.values()}) == len(changed) + 1
+
+
+@pytest.mark.parametrize("block", [4, module.BLOCK])
+def test_blocks_that_change_places_do_not_cancel(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    """Under weights linear in the place these four would: the second pair moves back what the first moved ahead."""
+    monkeypatch.setattr(module, "BLOCK", block)
+    a, b = torch.full((4,), 1.0), torch.full((4,), 2.0)
+    assert checksum(torch.cat([a, b, b, a])) != checksum(torch.cat([b, a, a, b]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_precisions(dtype: torch.dtype) -> None:
+    tensor = torch.randn(5, 6, generator=torch.Generator().manual_seed(3)).to(dtype)
+    assert checksum(tensor) == checksum(tensor.clone()) != checksum(tensor.flip(0))

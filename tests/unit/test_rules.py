@@ -1,0 +1,238 @@
+"""The table of rules and its monitor: what fires, when, and that healthy runs are left alone."""
+
+import csv
+import json
+import math
+import random
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_rl.config.load import _options
+from megatron_rl.config.schema import GrpoConfig
+from megatron_rl.metrics.rules import RULES, TABLE, Action, chosen_rules
+from megatron_rl.metrics.watch import Alarm, Watch
+
+ROOT = Path(__file__).parents[2]
+ONSET, LAST = 40, 60
+Row = dict[str, float | None]
+
+
+def healthy(last: int = 100) -> list[Row]:
+    """A run like the quickstart's: it goes from half the answers right to nearly all, and its entropy to a third."""
+    noise = random.Random(1)
+    rows: list[Row] = []
+    for step in range(1, last + 1):
+        right = 0.97 - 0.5 * math.exp(-step / 25) + noise.uniform(-0.02, 0.02)
+        entropy = 0.045 + 0.1 * math.exp(-step / 40) + noise.uniform(-0.01, 0.01)
+        rows.append(
+            {
+                "critic/score/mean": right,
+                "critic/score/std": math.sqrt(right * (1 - right)),
+                "rollout/correct": right,
+                "rollout/silent_groups": 0.9 * right**2,
+                "rollout/entropy": entropy,
+                "rollout/commonest_response": noise.uniform(0.01, 0.04),
+                "rollout/log_prob_gap_max": noise.uniform(1e-6, 1e-5),
+                "response_length/mean": 40 * noise.uniform(0.9, 1.1) * (1 + step / 100),
+                "response_length/clip_ratio": noise.uniform(0, 0.1),
+                "actor/entropy": entropy * noise.uniform(0.9, 1.1),
+                "actor/grad_norm": math.exp(noise.gauss(-0.7, 0.4)),
+                "actor/skipped": 0.0,
+                "actor/kl_loss": noise.uniform(0, 1e-3),
+                "actor/reward_kl_penalty": noise.uniform(0, 1e-3),
+                "actor/ppo_kl": noise.uniform(-1e-3, 1e-3),
+                "sync/wrong_tensors": 0.0,
+                "audit/finish_mismatch": 0.0,
+                "audit/pad_is_eos": 0.0,
+                "audit/prompt_loss": 0.0,
+                "audit/token_mismatch": 0.0,
+            }
+        )
+    return rows
+
+
+def findings(rows: list[Row], watch: Watch | None = None) -> list[Alarm]:
+    watch = watch or Watch(TABLE)
+    return [alarm for step, row in enumerate(rows, start=1) for alarm in watch(step, row)]
+
+
+def fault(rule: str) -> tuple[dict[str, float], dict[str, int]]:
+    """Figures from the step ONSET on, and the first alarm of every rule that they set off."""
+    third = ONSET + 2
+    unsolved = {"rollout/correct": 0.5}
+    return {
+        "parity": ({"rollout/log_prob_gap_max": 2e-3}, {"parity": ONSET}),
+        "weight_checksum": ({"sync/wrong_tensors": 1.0}, {"weight_checksum": ONSET}),
+        "finish_mismatch": ({"audit/finish_mismatch": 3.0}, {"finish_mismatch": ONSET}),
+        "pad_is_eos": ({"audit/pad_is_eos": 1.0}, {"pad_is_eos": ONSET}),
+        "prompt_loss": ({"audit/prompt_loss": 1.0}, {"prompt_loss": ONSET}),
+        "token_mismatch": ({"audit/token_mismatch": 1.0}, {"token_mismatch": ONSET}),
+        "truncated": ({"response_length/clip_ratio": 0.95}, {"truncated": third}),
+        "skipped_update": ({"actor/skipped": 1.0}, {"skipped_update": ONSET, "skipped_in_a_row": third}),
+        "skipped_in_a_row": ({"actor/skipped": 2.0}, {"skipped_update": ONSET, "skipped_in_a_row": third}),
+        "grad_spike": ({"actor/grad_norm": 12.0}, {"grad_spike": ONSET}),
+        "silent_groups": ({"rollout/silent_groups": 0.96} | unsolved, {"silent_groups": third}),
+        "negative_kl": ({"actor/kl_loss": -2e-4}, {"negative_kl": ONSET}),
+        "negative_ppo_kl": ({"actor/ppo_kl": -0.2}, {"negative_ppo_kl": ONSET}),
+        "entropy_explosion": ({"actor/entropy": 1.1}, {"entropy_explosion": ONSET + 1}),
+        "entropy_high": ({"actor/entropy": 7.0}, {"entropy_high": ONSET + 1, "entropy_explosion": ONSET + 1}),
+        "entropy_collapse": ({"actor/entropy": 0.01} | unsolved, {"entropy_collapse": third}),
+        "entropy_low": ({"rollout/entropy": 4e-3} | unsolved, {"entropy_low": third, "entropy_collapse": third}),
+        # 0.88 before: six of the last ten at 0.4 are the first to pull the mean half of the largest deviation down.
+        "reward_fall": ({"critic/score/mean": 0.4} | unsolved, {"reward_fall": ONSET + 5}),
+        "constant_reward": ({"critic/score/std": 0.0} | unsolved, {"constant_reward": third}),
+        "same_response": ({"rollout/commonest_response": 0.95}, {"same_response": third}),
+        "length_runaway": ({"response_length/mean": 130.0}, {"length_runaway": third}),
+    }[rule]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_fires_on_its_fault_and_no_other_does(rule: str) -> None:
+    figures, expected = fault(rule)
+    rows = [row | figures if step >= ONSET else row for step, row in enumerate(healthy(LAST), start=1)]
+    first: dict[str, int] = {}
+    for alarm in findings(rows):
+        first.setdefault(alarm.rule.name, alarm.step)
+        assert f"step {alarm.step}: {alarm.rule.name}: " in alarm.message and alarm.rule.remedy in alarm.message
+    assert first == expected
+
+
+def test_healthy_runs_raise_nothing() -> None:
+    assert findings(healthy()) == []
+    assert findings([row | {"rollout/correct": None} for row in healthy()]) == []
+
+
+@pytest.mark.parametrize("sweep", ["ema", "layouts"])
+def test_measured_curves_raise_nothing(sweep: str) -> None:
+    """Rewards of real runs; one of zero or one has the deviation sqrt(p (1 - p))."""
+    runs: dict[tuple, list[Row]] = defaultdict(list)
+    with (ROOT / "docs" / "results" / sweep / "curves.csv").open() as lines:
+        for row in csv.DictReader(lines):
+            if row["reward"]:
+                p = float(row["reward"])
+                figures: Row = {
+                    "critic/score/mean": p,
+                    "rollout/correct": p,
+                    "critic/score/std": math.sqrt(p * (1 - p)),
+                }
+                runs[row["case"], row["seed"]].append(figures)
+    assert len(runs) > 2 and all(len(rows) >= 30 for rows in runs.values())
+    for rows in runs.values():
+        assert findings(rows) == []
+        if sweep == "layouts":  # a hundred steps, of which the first lie far below the last: backwards they are a fall
+            assert {alarm.rule.name for alarm in findings(rows[::-1])} == {"reward_fall"}
+
+
+def test_thresholds() -> None:
+    """Medians, starts and best means by hand."""
+    watch = Watch([RULES["grad_spike"], RULES["entropy_explosion"], RULES["reward_fall"]])
+    norms = [1.0, 3.0, 2.0, 5.0, 4.0, 1.0, 2.0, 3.0, 9.0]
+    assert [watch(s, {"actor/grad_norm": n}) for s, n in enumerate(norms, 1)] == [[]] * 9
+    assert watch(10, {"actor/grad_norm": 31.0}) == []  # nine norms are too few to judge the tenth
+    (alarm,) = watch(11, {"actor/grad_norm": 31.0})
+    assert (alarm.value, alarm.threshold) == (31.0, 10 * 3.0)  # of 1 1 2 2 3 3 4 5 9 31
+    for step, entropy in enumerate([0.5, 0.7, 0.6, 0.9, 0.8, 2.2, 2.2], 1):
+        alarms = watch(step, {"actor/entropy": entropy})
+    assert [(alarm.value, alarm.threshold) for alarm in alarms] == [(2.2, pytest.approx(3 * 0.7))]
+    for step in range(1, 17):
+        alarms = watch(step, {"critic/score/mean": 0.8 if step <= 10 else 0.31, "critic/score/std": 0.4})
+        if step == 14:
+            assert alarms == []  # a mean of 0.604 is not below 0.8 - 0.5 x 0.4
+        if step == 15:
+            assert [(a.value, a.threshold) for a in alarms] == [(pytest.approx(0.555), pytest.approx(0.6))]
+
+
+def test_an_alarm_comes_once_until_it_has_recovered() -> None:
+    watch = Watch([RULES["truncated"]])
+    ratios = [1, 1, 1, 1, 1, 0, 1, 1, 0.9, 1, 1, 1, 1]
+    assert [a.step for s, r in enumerate(ratios, 1) for a in watch(s, {"response_length/clip_ratio": r})] == [3, 12]
+
+
+def test_what_is_not_there_or_not_a_number_is_passed_over() -> None:
+    """A file has null where a run had NaN; a step without the figure neither adds to a row of them nor ends it."""
+    for nothing in ({}, {"actor/skipped": None}, {"actor/skipped": math.nan}, {"actor/skipped": math.inf}):
+        watch = Watch([RULES["skipped_in_a_row"]])
+        rows: list[Any] = [{"actor/skipped": 1.0}, nothing, {"actor/skipped": 1.0}, {"actor/skipped": 1.0}]
+        assert [alarm.step for alarm in findings(rows, watch)] == [4]
+
+
+@pytest.mark.parametrize("rule", ["grad_spike", "entropy_low", "reward_fall", "length_runaway", "skipped_update"])
+def test_a_continued_watch_is_the_uninterrupted_one(rule: str) -> None:
+    """Wherever it is cut; its memory goes through JSON. And a file's rows give what the run's figures gave."""
+    figures, _ = fault(rule)
+    rows = [row | figures if step >= ONSET else row for step, row in enumerate(healthy(LAST), start=1)]
+    whole = findings(rows)
+    assert whole
+    for cut in range(LAST + 1):
+        first, second = Watch(TABLE), Watch(TABLE)
+        before = findings(rows[:cut], first)
+        second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+        after = [alarm for step in range(cut + 1, LAST + 1) for alarm in second(step, rows[step - 1])]
+        assert before + after == whole
+        assert second.state_dict() == json.loads(json.dumps(second.state_dict()))
+    assert findings([json.loads(json.dumps(row)) for row in rows]) == whole
+
+
+def choose(**changes: Any) -> dict:
+    options: dict[str, Any] = {"off": [], "stop": [], "limits": {}, "parity_tolerance": 0.25, "max_skipped_steps": 5}
+    return {rule.name: rule for rule in chosen_rules(**(options | {"signed_kl": False} | changes))}
+
+
+def test_options_choose() -> None:
+    rules = choose(off=["pad_is_eos"], stop=["grad_spike"], limits={"truncated": 0.5})
+    assert set(RULES) - set(rules) == {"pad_is_eos"}
+    assert (rules["parity"].limit, rules["skipped_in_a_row"].patience, rules["truncated"].limit) == (0.25, 5, 0.5)
+    assert rules["grad_spike"].action is Action.stop and RULES["grad_spike"].action is Action.warn
+    assert (rules["negative_kl"].limit, choose(signed_kl=True)["negative_kl"].limit) == (-1e-4, -0.05)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"off": ["pad_eos"]}, "guards.off names 'pad_eos', which is no rule; did you mean 'pad_is_eos'?"),
+        ({"stop": ["reward_drop"]}, "guards.stop names 'reward_drop', which is no rule; did you mean 'reward_fall'?"),
+        ({"limits": {"entropy_lo": 1}}, "guards.limits names 'entropy_lo', which is no rule; did you mean"),
+        ({"limits": {"skipped_in_a_row": 4}}, "this one is set by guards.max_skipped_steps"),
+    ],
+)
+def test_options_that_do_not_fit(changes: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        choose(**changes)
+
+
+def documentation() -> str:
+    """The table as docs/guards.md has it."""
+    lines = ["| rule | fires when | does | likely cause | to try |", "|---|---|---|---|---|"]
+    for rule in TABLE:
+        figures = ", ".join(f"`{figure}`" for figure in rule.figures)
+        limit = f" (`{rule.option}`)" if rule.option else ""
+        cells = (f"`{rule.name}`", f"{figures} {rule.condition()}{limit}", rule.action.value, rule.cause, rule.remedy)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def test_the_documentation_has_the_table() -> None:
+    assert documentation() in (ROOT / "docs" / "guards.md").read_text(), documentation()
+
+
+def test_figures_and_options_that_rules_name_exist() -> None:
+    metrics = (ROOT / "docs" / "metrics.md").read_text()
+    spelled = set(re.findall(r"`([^`]+)`", metrics))
+    for name in list(spelled):
+        if match := re.fullmatch(r"(.*)\{(.*)\}", name):
+            spelled |= {match[1] + part for part in match[2].split(",")}
+    options = set(_options(GrpoConfig))
+    sections = {option.split(".")[0] for option in options}
+    for rule in TABLE:
+        for figure in (
+            *rule.figures,
+            *([rule.scale] if rule.scale else []),
+            *([rule.unless[0]] if rule.unless else []),
+        ):
+            assert figure in spelled, (rule.name, figure)
+        for name in re.findall(r"\b[a-z_]+\.[a-z_]+\b", f"{rule.remedy} {rule.option}"):
+            assert name in options or name.split(".")[0] not in sections, (rule.name, name)
