@@ -68,7 +68,7 @@ def main() -> None:
         worker = ModelWorker(
             ModelConfig(path=f"{place}/model", weights=RANDOM), OptimConfig(), create_mesh(), total_steps=1
         )
-        store = CheckpointStore(Path(place, "checkpoints"), keep=1)
+        store = CheckpointStore(Path(place, "checkpoints"), keep=arguments.rounds + 2)
         times: dict[str, list[float]] = {"save": [], "load": [], "copy": []}
         store.save(1, {"actor": worker}, {})
         for number in range(2, arguments.rounds + 2):
