@@ -2,8 +2,9 @@
 
     python tools/bench_checkpoint.py --parameters 17 --rounds 5
 
-A save ends when the disk has the bytes (fsync), their hashes are written and `latest` points at them; a load begins
-with checking every hash. The copy reads and writes the same files and syncs them too.
+A save ends when the disk has the bytes (fsync), their hashes are written, `latest` points at them and the checkpoint
+before is deleted; a load begins with checking every hash. The copy reads and writes the same files, syncs them too, and
+deletes the copy before.
 """
 
 import argparse
@@ -42,13 +43,14 @@ def make_config(directory: Path, millions: float) -> None:
     ).save_pretrained(directory)
 
 
-def copy(source: Path, target: Path) -> None:
-    """Copies the files and waits until the disk has them."""
+def copy(source: Path, target: Path, before: Path) -> None:
+    """Copies the files, waits until the disk has them, and deletes the copy before."""
     shutil.copytree(source, target)
     for path in (*target.rglob("*"), target):
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -76,8 +78,8 @@ def main() -> None:
             path = store.latest()
             assert path is not None
             times["load"].append(seconds(lambda path=path: store.load(path, {"actor": worker})))  # type: ignore[misc]
-            times["copy"].append(seconds(lambda path=path: copy(path, Path(place, "copy"))))  # type: ignore[misc]
-            shutil.rmtree(Path(place, "copy"))
+            now, before = Path(place, f"copy{number}"), Path(place, f"copy{number - 1}")
+            times["copy"].append(seconds(lambda path=path, now=now, before=before: copy(path, now, before)))  # type: ignore[misc]
         size = sum(file.stat().st_size for file in path.iterdir()) / 1e6
         destroy_mesh()
     print(f"{size:.0f} MB, medians of {arguments.rounds} rounds")

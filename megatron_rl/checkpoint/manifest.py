@@ -7,7 +7,7 @@ import pickle
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
@@ -43,6 +43,29 @@ class Entry(NamedTuple):
 
     bytes: int
     sha256: str
+
+
+class HashedFile:
+    """A file that is written from its beginning to its end, and hashed on the way."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._digest, self._bytes = file, hashlib.sha256(), 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        self._digest.update(data)
+        self._bytes += memoryview(data).nbytes
+        self._file.write(data)
+        tick()
+        return memoryview(data).nbytes
+
+    def tell(self) -> int:
+        return self._bytes
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def entry(self) -> Entry:
+        return Entry(self._bytes, self._digest.hexdigest())
 
 
 def files_of(directory: Path) -> list[str]:

@@ -125,18 +125,13 @@ class CheckpointStore:
         (step, partial, write, state, generators), self._pending = self._pending, None
         final, first = self.directory / name_of(step), dist.get_rank() == 0
         try:
-            write.finish()
-            with together(f"writing {partial}"):
+            entries = write.finish()
+            with together(f"writing {final}"):
                 if first:
                     (partial / STATE).write_text(json.dumps(state, indent=1) + "\n")
                     save_file(generators, partial / GENERATORS)
-            with together(f"reading {partial} back"):
-                names = files_of(partial)
-                entries = measure(partial, names[dist.get_rank() :: dist.get_world_size()])
-            entries = dict(item for part in gather_over_world([entries]) for item in part.items())
-            with together(f"writing {final}"):
-                if first:
-                    write_manifest(partial, entries)
+                    rest = [name for name in files_of(partial) if name not in entries]
+                    write_manifest(partial, entries | measure(partial, rest))
                     _sync_tree(partial)
                     if final.exists():
                         shutil.rmtree(final)

@@ -5,6 +5,7 @@ ever, and when the parent is killed they live on; so the plan is megatron-core's
 """
 
 import contextlib
+import os
 import queue
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,8 +15,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import SerializationFormat, _write_item
 
 import megatron_rl.parallel.device  # noqa: F401  (installs the CPU backend before megatron-core)
+from megatron_rl.checkpoint.manifest import Entry, HashedFile
 from megatron_rl.parallel.collect import gather_over_world
 from megatron_rl.types import RunError
 
@@ -98,7 +101,7 @@ class ShardedWrite:
         if copy:
             buckets = [(path, key, (texts, _copies(tensors))) for path, key, (texts, tensors) in buckets]
         self._threads = ThreadPoolExecutor(FILES_PER_RANK)
-        self._parts: list[Future[list[Any]]] = [
+        self._parts: list[Future[Any]] = [
             self._threads.submit(_write, self._plan.writer.transforms, bucket) for bucket in buckets
         ]
 
@@ -106,19 +109,22 @@ class ShardedWrite:
         """Whether this rank has written its part, or failed to."""
         return all(part.done() for part in self._parts)
 
-    def finish(self) -> None:
-        """Waits for every rank's part, then writes their description. SaveError where one could not be written."""
+    def finish(self) -> dict[str, Entry]:
+        """Waits for every rank's part, then writes their description; the files of the parts.
+
+        SaveError where one could not be written.
+        """
         written: list[Any] = []
         with together(f"writing {self.directory}"):
-            for part in self._parts:
-                written += part.result()
-        results = gather_over_world([written])
+            written = [part.result() for part in self._parts]
+        results = gather_over_world([[receipt for receipts, _ in written for receipt in receipts]])
         with together(f"writing {self.directory}"):
             if dist.get_rank() == 0:
                 with _disk_errors():
                     self._plan.writer.finish(self._plan.description, results)
                 save_config(CheckpointingConfig(FORMAT, VERSION), str(self.directory))
         self.close()
+        return dict(gather_over_world([file for _, file in written]))
 
     def close(self) -> None:
         """Ends the threads, once they have written what they hold."""
@@ -129,19 +135,15 @@ def _copies(tensors: list[tuple[Any, Tensor]]) -> list[tuple[Any, Tensor]]:
     return [(item, tensor.clone()) for item, tensor in tensors]
 
 
-def _write(transforms: Any, bucket: Any) -> list[Any]:
-    """Writes one file; torch's receipts for what is in it."""
-    results: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    FileSystemWriterAsync.write_preloaded_data([transforms], 0, bucket, results, _Counted(), use_fsync=True)
-    _, receipts = results.get()
-    if isinstance(receipts, Exception):
-        raise _disk_error(receipts)
-    return list(receipts)
-
-
-class _Counted:
-    """The queue that counts finished writer processes, where there are none."""
-
-    def get(self) -> None: ...
-
-    def task_done(self) -> None: ...
+def _write(transforms: Any, bucket: Any) -> tuple[list[Any], tuple[str, Entry]]:
+    """Writes one file; torch's receipts for what is in it, and its size and hash."""
+    path, name, (texts, tensors) = bucket
+    with open(path, "wb") as file, _disk_errors():
+        stream = HashedFile(file)
+        receipts = [
+            _write_item(transforms, stream, data, item, name, SerializationFormat.TORCH_SAVE)  # type: ignore[arg-type]
+            for item, data in (*texts, *tensors)
+        ]
+        file.flush()
+        os.fsync(file.fileno())
+    return receipts, (name, stream.entry())
