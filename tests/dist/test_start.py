@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from tests.dist.pool import Pool
-from tests.dist.test_invariance import make_samples
 from tests.dist.test_checkpoint import save_and_go_on
+from tests.dist.test_invariance import make_samples
 from tests.models import tiny_model
 
 LAYOUTS = {"tp1": (1, {}), "tp2_sp": (2, {"tp": 2, "sequence_parallel": True}), "pp2_vpp2": (2, {"pp": 2, "vpp": 2})}
