@@ -18,7 +18,7 @@ class ParityError(RunError):
     """Engine and trainer disagree about the policy."""
 
 
-class WeightSyncError(RuntimeError):
+class WeightSyncError(RunError):
     """An engine does not hold the weights that it was sent."""
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from tests.dist.pool import Pool
+from tests.dist.test_checkpoint import save_and_go_on
 from tests.dist.test_invariance import make_samples
-from tests.dist.test_worker import save_after
 from tests.models import tiny_model
 
 LAYOUTS = {"tp1": (1, {}), "tp2_sp": (2, {"tp": 2, "sequence_parallel": True}), "pp2_vpp2": (2, {"pp": 2, "vpp": 2})}
@@ -57,7 +57,7 @@ def test_random_weights_are_the_same_everywhere(pool: Pool, model: str) -> None:
 
 def test_a_checkpoint_gives_its_weights_to_any_layout(pool: Pool, model: str, tmp_path: Path) -> None:
     """Trained on two pipeline stages; the run directory and the checkpoint itself both name it."""
-    pool.run(save_after, 2, model, {"pp": 2}, str(tmp_path / "checkpoints"), 2)
+    pool.run(save_and_go_on, 2, model, {"pp": 2}, str(tmp_path / "checkpoints"), None)
     pretrained = pool.run(start, 1, model, {}, "pretrained")[0]
     expected = pool.run(start, 1, model, {}, str(tmp_path))[0]
     moved = [name for name, weight in pretrained[0].items() if not torch.equal(weight, expected[0][name])]
@@ -68,7 +68,7 @@ def test_a_checkpoint_gives_its_weights_to_any_layout(pool: Pool, model: str, tm
 
 
 def test_the_checkpoint_of_another_model_is_refused(pool: Pool, model: str, tmp_path: Path) -> None:
-    pool.run(save_after, 1, model, {}, str(tmp_path / "checkpoints"), 1)
+    pool.run(save_and_go_on, 1, model, {}, str(tmp_path / "checkpoints"), None)
     other = str(tiny_model(tmp_path / "other", "qwen3"))
     assert (
         "of another model: tied is True there and False in model.path" in pool.run(refused, 1, other, str(tmp_path))[0]
