@@ -22,6 +22,7 @@ from megatron_rl.config.schema import (
     EmaGradient,
     GrpoConfig,
     Loss,
+    SdpoConfig,
     SftConfig,
 )
 
@@ -169,7 +170,7 @@ def _to_object(config: DictConfig, path: Path) -> Config:
         result = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {_reason(error)}") from error
-    assert isinstance(result, SftConfig | GrpoConfig)
+    assert isinstance(result, SftConfig | GrpoConfig | SdpoConfig)
     return result
 
 

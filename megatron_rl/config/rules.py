@@ -15,10 +15,13 @@ from megatron_rl.config.schema import (
     KLPlace,
     Loss,
     RolloutConfig,
+    SdpoConfig,
     SftConfig,
 )
+from megatron_rl.config.sdpo import DistillLoss
 
-Config = SftConfig | GrpoConfig
+PolicyConfig = GrpoConfig | SdpoConfig
+Config = SftConfig | PolicyConfig
 
 # More than this is a slip of the hand, and would keep the check itself busy for hours.
 MOST_RANKS, MOST_SEQUENCES = 2**16, 2**20
@@ -49,7 +52,7 @@ def _check_size(config: Config) -> None:
     for key, value in _numbers(config):
         _require(math.isfinite(value), f"{key}={value} must be a finite number")
         _require(abs(value) < 2**63 or isinstance(value, float), f"{key}={value} does not fit 64 bits")
-    parallel, group_size = config.parallel, config.rollout.group_size if isinstance(config, GrpoConfig) else 1
+    parallel, group_size = config.parallel, 1 if isinstance(config, SftConfig) else config.rollout.group_size
     _require(
         parallel.tp * parallel.pp * (parallel.dp or 1) <= MOST_RANKS,
         f"parallel.tp={parallel.tp} times pp={parallel.pp} times dp={parallel.dp or 1} is more than {MOST_RANKS} ranks",
@@ -134,12 +137,78 @@ def check(config: Config) -> None:
         config.optim.min_lr <= config.optim.lr,
         f"optim.min_lr={config.optim.min_lr} is above optim.lr={config.optim.lr}",
     )
+    if not isinstance(config, SftConfig):
+        _check_policy(config)
     if isinstance(config, GrpoConfig):
         _check_grpo(config)
+    if isinstance(config, SdpoConfig):
+        _check_sdpo(config)
+
+
+def _check_policy(config: PolicyConfig) -> None:
+    """What every trainer that learns from its own answers asks."""
+    mini_batches, epochs, correction = (
+        config.train.mini_batches_per_step,
+        config.train.epochs_per_step,
+        config.rollout_correction,
+    )
+    _require(
+        mini_batches > 0 and config.train.batch_size % mini_batches == 0,
+        f"train.mini_batches_per_step={mini_batches} does not divide train.batch_size={config.train.batch_size}",
+    )
+    _require(epochs > 0, f"train.epochs_per_step={epochs} must be greater than 0")
+    _require(
+        config.rollout.top_p == 1.0 and config.rollout.top_k == 0,
+        "rollout.top_p < 1 or rollout.top_k > 0 would train on samples of another distribution than the loss assumes; "
+        "use them for evaluation and supervised runs only",
+    )
+    _require(correction.high > 0, f"rollout_correction.high={correction.high} must be greater than 0")
+    _require(
+        correction.low is None or 0 < correction.low <= correction.high,
+        f"rollout_correction.low={correction.low} must be above 0 and at most high={correction.high}",
+    )
+    _require(
+        not (correction.bypass and (correction.level is not CorrectionLevel.none or correction.reject)),
+        "rollout_correction.bypass=true takes the engine's policy for the old one, so there is nothing between them to "
+        "correct: remove rollout_correction.level and rollout_correction.reject, or bypass",
+    )
+
+
+def _check_sdpo(config: SdpoConfig) -> None:
+    distill, teacher, reprompt = config.distill, config.teacher, config.reprompt
+    most = config.train.max_tokens_per_micro_batch
+    _require(
+        distill.aggregation in AGGREGATIONS,
+        f"distill.aggregation={distill.aggregation!r} is not one of {', '.join(AGGREGATIONS)}",
+    )
+    _require(0 <= distill.alpha <= 1, f"distill.alpha={distill.alpha} must be between 0 and 1")
+    _require(
+        distill.topk > 0, f"distill.topk={distill.topk} must be greater than 0; distill.support=full takes all ids"
+    )
+    _require(
+        distill.is_clip is None or distill.is_clip > 0,
+        f"distill.is_clip={distill.is_clip} must be greater than 0, or null for no weight",
+    )
+    _require(
+        distill.loss is not DistillLoss.sampled_token or distill.alpha == 1,
+        f"distill.loss=sampled_token estimates the reverse KL and needs distill.alpha=1, not {distill.alpha}",
+    )
+    _require(
+        0 < teacher.rate <= 1, f"teacher.rate={teacher.rate} must be above 0 and at most 1: it weighs the new weights"
+    )
+    _require(
+        config.rollout_correction.opsm_delta is None,
+        "rollout_correction.opsm_delta asks for advantages, and sdpo has none: remove it",
+    )
+    _require(
+        reprompt.max_tokens + config.rollout.max_new_tokens <= most,
+        f"reprompt.max_tokens={reprompt.max_tokens} and rollout.max_new_tokens={config.rollout.max_new_tokens} are "
+        f"together more than train.max_tokens_per_micro_batch={most}, and no sequence is split: change one of them",
+    )
 
 
 def _check_grpo(config: GrpoConfig) -> None:
-    algorithm, mini_batches, kl = config.algorithm, config.train.mini_batches_per_step, config.kl
+    algorithm, kl = config.algorithm, config.kl
     _require(
         algorithm.aggregation in AGGREGATIONS,
         f"algorithm.aggregation={algorithm.aggregation!r} is not one of {', '.join(AGGREGATIONS)}",
@@ -148,13 +217,7 @@ def _check_grpo(config: GrpoConfig) -> None:
         config.rollout.group_size > 1 or algorithm.advantage in (Advantage.remax, Advantage.reinforce_plus_plus),
         f"rollout.group_size={config.rollout.group_size} must be at least 2: advantages compare answers to one prompt",
     )
-    _require(
-        mini_batches > 0 and config.train.batch_size % mini_batches == 0,
-        f"train.mini_batches_per_step={mini_batches} does not divide train.batch_size={config.train.batch_size}",
-    )
-    _check_correction(config)
-    epochs = config.train.epochs_per_step
-    _require(epochs > 0, f"train.epochs_per_step={epochs} must be greater than 0")
+    _check_rollout_batches(config)
     _require(kl.coeff >= 0, f"kl.coeff={kl.coeff} must not be negative")
     _require(
         not (kl.where is KLPlace.loss and kl.estimator is KLEstimator.k1 and kl.gradient is KLGradient.naive),
@@ -179,29 +242,14 @@ def _check_grpo(config: GrpoConfig) -> None:
         not algorithm.dual_clip or algorithm.dual_clip > 1,
         f"algorithm.dual_clip={algorithm.dual_clip} must be above 1, or 0 for none",
     )
-    _require(
-        config.rollout.top_p == 1.0 and config.rollout.top_k == 0,
-        "rollout.top_p < 1 or rollout.top_k > 0 would train on samples of another distribution than the loss assumes; "
-        "use them for evaluation and supervised runs only",
-    )
 
 
-def _check_correction(config: GrpoConfig) -> None:
-    algorithm, correction, longest = config.algorithm, config.rollout_correction, config.rollout.max_new_tokens
+def _check_rollout_batches(config: GrpoConfig) -> None:
+    algorithm, longest = config.algorithm, config.rollout.max_new_tokens
     batches, buffer = algorithm.max_rollout_batches, algorithm.overlong_buffer
     assert batches is not None and buffer is not None
     _require(batches >= 1, f"algorithm.max_rollout_batches={batches} must be at least 1, which draws no more")
     _require(
         0 <= buffer <= longest,
         f"algorithm.overlong_buffer={buffer} must be between 0 and rollout.max_new_tokens={longest}",
-    )
-    _require(correction.high > 0, f"rollout_correction.high={correction.high} must be greater than 0")
-    _require(
-        correction.low is None or 0 < correction.low <= correction.high,
-        f"rollout_correction.low={correction.low} must be above 0 and at most high={correction.high}",
-    )
-    _require(
-        not (correction.bypass and (correction.level is not CorrectionLevel.none or correction.reject)),
-        "rollout_correction.bypass=true takes the engine's policy for the old one, so there is nothing between them to "
-        "correct: remove rollout_correction.level and rollout_correction.reject, or bypass",
     )

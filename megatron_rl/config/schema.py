@@ -6,6 +6,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from megatron_rl.config.sdpo import DistillConfig, RepromptConfig, TeacherConfig
+
 
 class DType(StrEnum):
     """What weights and activations are computed in. Gradients, master weights and losses are always float32."""
@@ -383,4 +385,31 @@ class GrpoConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
 
-SCHEMAS: dict[str, type[SftConfig] | type[GrpoConfig]] = {"sft": SftConfig, "grpo": GrpoConfig}
+@dataclass(kw_only=True)
+class SdpoConfig:
+    """Self-distillation policy optimisation."""
+
+    trainer: str = "sdpo"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: GrpoTrainConfig = field(default_factory=GrpoTrainConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    reprompt: RepromptConfig = field(default_factory=RepromptConfig)
+    rollout_correction: RolloutCorrectionConfig = field(default_factory=RolloutCorrectionConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+SCHEMAS: dict[str, type[SftConfig] | type[GrpoConfig] | type[SdpoConfig]] = {
+    "sft": SftConfig,
+    "grpo": GrpoConfig,
+    "sdpo": SdpoConfig,
+}

@@ -55,6 +55,26 @@ def plan_step(
     return StepPlan(tuple(tuple(rank) for rank in ranks))
 
 
+def replan(
+    lengths: Sequence[int], plan: StepPlan, *, max_tokens: int, min_micro_batches: int = 1, multiple_of: int = 1
+) -> StepPlan:
+    """Pack the samples of `plan` with other lengths; each stays on the rank that it has there."""
+    _check_fits(lengths, max_tokens)
+    members = [[index for indices in rank for index in indices] for rank in plan.micro_batches]
+    rounds = _ceil_div(min_micro_batches, multiple_of) * multiple_of
+    while True:
+        packed = [_pack([lengths[index] for index in rank], rounds, max_tokens) for rank in members]
+        if all(bins is not None for bins in packed):
+            break
+        rounds += multiple_of
+    return StepPlan(
+        tuple(
+            tuple(tuple(rank[place] for place in places) for places in bins or ())
+            for rank, bins in zip(members, packed, strict=True)
+        )
+    )
+
+
 def _fewest_bins(lengths: Sequence[int], max_tokens: int) -> int:
     """No plan has fewer micro-batches: by the tokens, by the samples of more than half a micro-batch, which share
     none with each other, and by the number that fits if all were as short as the shortest. So we need not try them."""

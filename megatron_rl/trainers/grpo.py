@@ -35,7 +35,8 @@ class GrpoTrainer:
     ) -> None:
         self.config, self.actor, self.parts, self.source = config, actor, parts, source
         self.objective = policy_objective(config)
-        self.policies = Policies(config, actor, reference, on_policy=self.objective.on_policy)
+        needs_old = not self.objective.on_policy or config.kl.where is KLPlace.reward
+        self.policies = Policies(config, actor, reference, needs_old=needs_old)
 
     def step(self, step: int, timer: Timer) -> StepLog:
         config, actor = self.config, self.actor

@@ -1,11 +1,12 @@
 """From the config to the objective that the actor is trained on."""
 
+from megatron_rl.config.rules import PolicyConfig
 from megatron_rl.config.schema import AlgorithmConfig, CorrectionLevel, EmaAxis, GrpoConfig, KLPlace, Loss
 from megatron_rl.workers.objective import PolicyGradient
 from megatron_rl.workers.smoothing import Smoother
 
 
-def updates_per_step(config: GrpoConfig) -> int:
+def updates_per_step(config: PolicyConfig) -> int:
     """Optimizer steps that one rollout batch is used for."""
     return config.train.mini_batches_per_step * config.train.epochs_per_step
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from megatron_rl.config.schema import GrpoConfig, KLPlace
+from megatron_rl.config.rules import PolicyConfig
 from megatron_rl.data.planner import StepPlan
 from megatron_rl.data.samples import Sample
 from megatron_rl.metrics.timing import Timer
@@ -19,13 +19,11 @@ class Policies:
     """Log-probabilities of the rollouts under each policy that the config needs, and the probe that compares two."""
 
     def __init__(
-        self, config: GrpoConfig, actor: ModelWorker, reference: ShardedModel | None, *, on_policy: bool
+        self, config: PolicyConfig, actor: ModelWorker, reference: ShardedModel | None, *, needs_old: bool
     ) -> None:
         self.config, self.actor, self.reference = config, actor, reference
         correction = config.rollout_correction
-        self.needs_old = not correction.bypass and (
-            not on_policy or config.kl.where is KLPlace.reward or is_corrected(correction)
-        )
+        self.needs_old = not correction.bypass and (needs_old or is_corrected(correction))
         self.probed = False
 
     def compare(

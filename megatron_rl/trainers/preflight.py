@@ -13,7 +13,7 @@ from megatron_rl.checkpoint.hf import SafetensorsReader
 from megatron_rl.checkpoint.store import check_model, find_checkpoint
 from megatron_rl.config.load import Loaded
 from megatron_rl.config.rules import Config
-from megatron_rl.config.schema import PRETRAINED, RANDOM, EmaAxis, SftConfig
+from megatron_rl.config.schema import PRETRAINED, RANDOM, EmaAxis, GrpoConfig, SdpoConfig, SftConfig
 from megatron_rl.data.chat import encode_response
 from megatron_rl.data.planner import plan_step
 from megatron_rl.data.sources import TASK_PREFIX
@@ -26,6 +26,7 @@ from megatron_rl.trainers.correction import read_criteria
 from megatron_rl.trainers.data import held_out_prompts, train_examples, train_prompts
 from megatron_rl.trainers.guards import rules_of
 from megatron_rl.trainers.resume import latest_checkpoint
+from megatron_rl.trainers.sdpo import reprompt_options
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +55,8 @@ def preflight(config: Config) -> Findings:
     held_out = held_out_prompts(config, tokenizer)
     if not isinstance(config, SftConfig):
         read_criteria(config.rollout_correction.reject)
+    if isinstance(config, SdpoConfig):
+        reprompt_options(config)
     if not isinstance(config, SftConfig) or held_out is not None:
         _check_tasks(config)
         RewardPool(config.reward.name, config.reward.options, workers=1, deadline_s=config.reward.deadline_s).close()
@@ -77,7 +80,7 @@ def _check_tasks(config: Config) -> None:
 def _warnings(config: Config) -> list[str]:
     """What can be run, and is likely to disappoint."""
     found = []
-    if not isinstance(config, SftConfig):
+    if isinstance(config, GrpoConfig):
         if config.ema.axis is not EmaAxis.none and config.ema.beta < 0.5:
             found.append(
                 f"ema.beta={config.ema.beta} is below 0.5: weights are mostly history, and the gradient biased"

@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from megatron_rl.config.rules import PolicyConfig
 from megatron_rl.config.schema import Advantage, GrpoConfig
 from megatron_rl.data.samples import Sample, from_example
 from megatron_rl.data.sources import PromptSource
@@ -73,7 +74,7 @@ def greedy_rewards(config: GrpoConfig, parts: Parts, groups: Sequence[RolloutGro
     return torch.tensor(values, dtype=torch.float64)
 
 
-def sampling(config: GrpoConfig, step: int, number: int) -> Sampling:
+def sampling(config: PolicyConfig, step: int, number: int) -> Sampling:
     """How the `number`-th batch of a step is drawn: each has random numbers of its own."""
     rollout = config.rollout
     return Sampling(

@@ -13,7 +13,7 @@ from megatron_rl.checkpoint.hf import write_model
 from megatron_rl.checkpoint.store import Role
 from megatron_rl.config.load import as_dict, save_config
 from megatron_rl.config.rules import Config
-from megatron_rl.config.schema import GrpoConfig, SftConfig
+from megatron_rl.config.schema import GrpoConfig, SdpoConfig, SftConfig
 from megatron_rl.metrics.progress import NOTES, bytes_in, progress
 from megatron_rl.metrics.timing import Timer
 from megatron_rl.metrics.types import StepLog
@@ -23,7 +23,7 @@ from megatron_rl.parallel.mesh import Mesh, create_mesh, destroy_mesh
 from megatron_rl.parallel.stop import StopRequest
 from megatron_rl.parallel.watchdog import watch
 from megatron_rl.report.curves import has_curve, plot_learning_curve
-from megatron_rl.trainers import grpo, sft
+from megatron_rl.trainers import grpo, sdpo, sft
 from megatron_rl.trainers.banner import banner
 from megatron_rl.trainers.data import held_out_prompts
 from megatron_rl.trainers.evaluate import Evaluator
@@ -55,6 +55,8 @@ def build(config: Config, mesh: Mesh) -> Trainer:
     """The trainer that the config names."""
     if isinstance(config, SftConfig):
         return sft.build(config, mesh)
+    if isinstance(config, SdpoConfig):
+        return sdpo.build(config, mesh)
     assert isinstance(config, GrpoConfig)
     return grpo.build(config, mesh)
 

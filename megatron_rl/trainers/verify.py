@@ -7,7 +7,7 @@ cut, order and stream the batch. Nothing may differ by more than rounding.
 
 import dataclasses
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,13 +16,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.config.rules import Config
-from megatron_rl.config.schema import RANDOM, ModelConfig, OptimConfig, SftConfig
+from megatron_rl.config.schema import RANDOM, ModelConfig, OptimConfig, SdpoConfig, SftConfig
+from megatron_rl.config.sdpo import TeacherMode
 from megatron_rl.data.planner import StepPlan
 from megatron_rl.data.samples import Sample, from_example, weighed
 from megatron_rl.models.hf_config import load_config, load_shape
 from megatron_rl.parallel.collect import any_rank
+from megatron_rl.parallel.device import device
 from megatron_rl.parallel.mesh import create_mesh, destroy_mesh, join_world
 from megatron_rl.trainers.objectives import policy_objective
+from megatron_rl.trainers.sdpo import distillation
+from megatron_rl.workers.distillation import Targets
 from megatron_rl.workers.model_worker import ModelWorker
 from megatron_rl.workers.objective import NegativeLogLikelihood, Objective
 
@@ -98,15 +102,42 @@ def tiny_directory(model_path: str, directory: Path) -> None:
     config.save_pretrained(directory)
 
 
-def objective_of(config: Config) -> Objective:
-    """What the config's trainer would minimise, with the proximal policy told apart from the current one."""
+def objective_of(config: Config, worker: ModelWorker) -> Objective:
+    """What the config's trainer would minimise, with the proximal policy told apart from the current one.
+
+    A teacher's hidden states are drawn at random by sample; its head is the worker's own.
+    """
     if isinstance(config, SftConfig):
         return NegativeLogLikelihood()
+    if isinstance(config, SdpoConfig):
+        targets, other = (
+            Targets(_Drawn(seed, worker.shape.hidden_size), worker.models[-1].head_weight) for seed in (1, 2)
+        )
+        mixed = other if config.teacher.mode is TeacherMode.trust_region else None
+        return distillation(config, targets, mixed, vocab_size=worker.shape.vocab_size, on_policy=False)
     return dataclasses.replace(policy_objective(config), on_policy=False)
 
 
-def make_samples(config: Config, objective: Objective) -> list[Sample]:
-    """Sequences of mixed length, some tokens masked, one response without any, and fields that clip now and then."""
+class _Drawn(Mapping[int, Tensor]):
+    """Hidden states for the loss-bearing tokens of any sample of `make_samples`."""
+
+    def __init__(self, seed: int, size: int) -> None:
+        self.seed, self.size = seed, size
+        self.counts = {sample.id: int(sample.loss_mask.sum()) for sample in make_sequences()}
+
+    def __getitem__(self, sample_id: int) -> Tensor:
+        generator = torch.Generator().manual_seed(1000 * self.seed + sample_id)
+        return torch.randn(self.counts[sample_id], self.size, generator=generator).to(device())
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.counts)
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+
+def make_sequences() -> list[Sample]:
+    """Sequences of mixed length, some tokens masked, one response without any."""
     draw = torch.Generator().manual_seed(3)
     samples = []
     for number in range(SEQUENCES):
@@ -114,16 +145,25 @@ def make_samples(config: Config, objective: Objective) -> list[Sample]:
         tokens = torch.randint(1, TINY["vocab_size"], (prompt + response,), generator=draw).tolist()
         sample = from_example(number, tokens[:prompt], tokens[prompt:])
         mask = torch.rand(response, generator=draw) > 0.2
-        sample = dataclasses.replace(sample, loss_mask=mask & (number != 4))
+        samples.append(dataclasses.replace(sample, loss_mask=mask & (number != 4)))
+    return samples
+
+
+def make_samples(config: Config, objective: Objective) -> list[Sample]:
+    """The sequences with their weights, and fields that clip now and then."""
+    draw = torch.Generator().manual_seed(4)
+    samples = []
+    for sample in make_sequences():
         for name in objective.field_names:
             if name == "advantages":
                 sample = sample.with_constant(name, float(torch.randn((), generator=draw)))
             elif name != "weights":
-                sample = sample.with_field(name, -4.6 + 0.3 * torch.randn(response, generator=draw))
+                sample = sample.with_field(name, -4.6 + 0.3 * torch.randn(sample.response_length, generator=draw))
         samples.append(sample)
     if isinstance(config, SftConfig):
         return weighed(samples, "token-mean")
-    return weighed(samples, str(config.algorithm.aggregation), horizon=config.rollout.max_new_tokens)
+    aggregation = config.distill.aggregation if isinstance(config, SdpoConfig) else str(config.algorithm.aggregation)
+    return weighed(samples, aggregation, horizon=config.rollout.max_new_tokens)
 
 
 def gradient(config: Config, directory: str, cut: Cut) -> Gradient:
@@ -132,7 +172,7 @@ def gradient(config: Config, directory: str, cut: Cut) -> Gradient:
     model = ModelConfig(path=directory, weights=RANDOM)
     worker = ModelWorker(model, OptimConfig(), mesh, total_steps=1)
     worker.vocabulary_chunk = cut.chunk
-    objective = objective_of(config)
+    objective = objective_of(config, worker)
     samples = make_samples(config, objective)
     if cut.backwards:
         samples.reverse()

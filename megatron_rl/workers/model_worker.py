@@ -22,7 +22,7 @@ from megatron_rl.parallel.collect import any_rank, reduce_metrics
 from megatron_rl.parallel.mesh import Mesh
 from megatron_rl.parallel.schedule import LossFunction, run_schedule
 from megatron_rl.workers import adam_state
-from megatron_rl.workers.objective import Objective, token_stats
+from megatron_rl.workers.objective import Objective
 from megatron_rl.workers.sharded_model import DTYPES, ShardedModel
 
 # isort: split
@@ -80,16 +80,7 @@ class ModelWorker(ShardedModel):
 
         def step(chunk: Any, batch: MicroBatch) -> tuple[Tensor, LossFunction]:
             def loss(hidden: Tensor) -> tuple[Tensor, Metrics]:
-                stats = token_stats(
-                    self.models[-1],
-                    hidden,
-                    batch,
-                    self.mesh,
-                    temperature=objective.temperature,
-                    entropy=objective.entropy,
-                    chunk=self.vocabulary_chunk,
-                )
-                outcome = objective(stats, batch)
+                outcome = objective(self._loss_tokens(hidden, batch))
                 self.loss_is_finite &= math.isfinite(outcome.loss.detach())
                 return outcome
 

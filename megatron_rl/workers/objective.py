@@ -20,6 +20,7 @@ from megatron_rl.data.collate import MicroBatch
 from megatron_rl.metrics.types import Max, Mean, Metrics, Sum
 from megatron_rl.models.build import LanguageModel
 from megatron_rl.ops.linear_stats import LinearStats, linear_stats
+from megatron_rl.ops.vocab_shard import VocabShard
 from megatron_rl.parallel.mesh import Mesh
 from megatron_rl.workers.smoothing import Smoother
 
@@ -30,33 +31,48 @@ from megatron.core.tensor_parallel import (
 )
 
 
-def token_stats(
-    model: LanguageModel,
-    hidden: Tensor,
-    batch: MicroBatch,
-    mesh: Mesh,
-    *,
-    temperature: float,
-    entropy: bool,
-    chunk: int,
-) -> LinearStats:
-    """Log-probability [N], and entropy [N] if asked for, of the micro-batch's loss-bearing tokens.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossTokens:
+    """The loss-bearing tokens of a micro-batch before the vocabulary: N final hidden states, and the lm-head.
 
-    `hidden` is the last stage's output, [T, 1, H], or [T / tp, 1, H] under sequence parallelism. Either region
-    operator completes the hidden states' gradient, of which each rank computes its vocabulary's part.
+    `hidden` [N, H] is the same on every tensor-parallel rank, and its gradient is completed behind it; `weight` is this
+    rank's shard of the head.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    shard: VocabShard
+    chunk: int  # columns of the vocabulary in memory at once
+    batch: MicroBatch
+
+    def stats(self, *, temperature: float, entropy: bool) -> LinearStats:
+        """Log-probability [N] of the labels, and entropy [N] if asked for."""
+        return linear_stats(
+            self.hidden,
+            self.weight,
+            self.batch.labels,
+            shard=self.shard,
+            temperature=temperature,
+            entropy=entropy,
+            chunk=self.chunk,
+        )
+
+
+def loss_tokens(model: LanguageModel, hidden: Tensor, batch: MicroBatch, mesh: Mesh, *, chunk: int) -> LossTokens:
+    """Of the last stage's output, [T, 1, H], or [T / tp, 1, H] under sequence parallelism.
+
+    Either region operator completes the hidden states' gradient, of which each rank computes its vocabulary's part.
     """
     if mesh.sequence_parallel:
         hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
     else:
         hidden = copy_to_tensor_model_parallel_region(hidden)
-    return linear_stats(
-        hidden[:, 0].index_select(0, batch.loss_positions),
-        model.head_weight(),
-        batch.labels,
+    return LossTokens(
+        hidden=hidden[:, 0].index_select(0, batch.loss_positions),
+        weight=model.head_weight(),
         shard=model.shard,
-        temperature=temperature,
-        entropy=entropy,
         chunk=chunk,
+        batch=batch,
     )
 
 
@@ -77,13 +93,7 @@ class Objective(Protocol):
     @property
     def field_names(self) -> tuple[str, ...]: ...
 
-    @property
-    def temperature(self) -> float: ...
-
-    @property
-    def entropy(self) -> bool: ...
-
-    def __call__(self, stats: LinearStats, batch: MicroBatch) -> Outcome: ...
+    def __call__(self, tokens: LossTokens) -> Outcome: ...
 
 
 def token_mean(values: Tensor) -> Mean:
@@ -95,12 +105,11 @@ def token_mean(values: Tensor) -> Mean:
 class NegativeLogLikelihood:
     """Supervised fine-tuning: -sum_t w_t log pi(y_t)."""
 
-    temperature: float = 1.0
-    entropy: bool = False
     field_names: tuple[str, ...] = ("weights",)
 
-    def __call__(self, stats: LinearStats, batch: MicroBatch) -> Outcome:
-        loss = -(batch.fields["weights"] * stats.logp).sum()
+    def __call__(self, tokens: LossTokens) -> Outcome:
+        stats = tokens.stats(temperature=1.0, entropy=False)
+        loss = -(tokens.batch.fields["weights"] * stats.logp).sum()
         return Outcome(loss, {"sft/loss": Sum(float(loss.detach())), "sft/nll": token_mean(-stats.logp)})
 
 
@@ -126,11 +135,6 @@ class PolicyGradient:
     on_policy: bool
 
     @property
-    def entropy(self) -> bool:
-        """Always measured: its collapse is the first sign of trouble."""
-        return True
-
-    @property
     def field_names(self) -> tuple[str, ...]:
         names = ["weights", "advantages"]
         if not self.on_policy:
@@ -151,7 +155,12 @@ class PolicyGradient:
             options["ratio"] = self.smoother(log_ratio(logp, old_logp).exp(), batch)
         return function(*arguments, **options)
 
-    def __call__(self, stats: LinearStats, batch: MicroBatch) -> Outcome:
+    def __call__(self, tokens: LossTokens) -> Outcome:
+        # The entropy is always measured: its collapse is the first sign of trouble.
+        return self.of_stats(tokens.stats(temperature=self.temperature, entropy=True), tokens.batch)
+
+    def of_stats(self, stats: LinearStats, batch: MicroBatch) -> Outcome:
+        """The loss from the statistics of the policy's own tokens."""
         logp, entropy = stats.logp, stats.entropy
         assert entropy is not None
         weights = batch.fields["weights"]

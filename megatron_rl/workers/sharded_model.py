@@ -22,7 +22,7 @@ from megatron_rl.parallel.collect import from_last_stage, gather_over_data
 from megatron_rl.parallel.device import device
 from megatron_rl.parallel.mesh import Mesh
 from megatron_rl.parallel.schedule import LossFunction, run_schedule
-from megatron_rl.workers.objective import token_stats
+from megatron_rl.workers.objective import LossTokens, loss_tokens
 
 T = TypeVar("T")
 
@@ -133,25 +133,35 @@ class ShardedModel:
 
         def step(chunk: Any, batch: MicroBatch) -> tuple[Tensor, LossFunction]:
             def measure(hidden: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
-                stats = token_stats(
-                    self.models[-1],
-                    hidden,
-                    batch,
-                    self.mesh,
-                    temperature=temperature,
-                    entropy=False,
-                    chunk=self.vocabulary_chunk,
-                )
+                stats = self._loss_tokens(hidden, batch).stats(temperature=temperature, entropy=False)
                 return hidden.sum(), scatter_back(stats.logp.cpu(), batch)
 
             return self._forward(chunk, batch), measure
 
         batches = self._micro_batches(samples, plan, ())
         parts = run_schedule(self.chunks, batches, step, mesh=self.mesh, forward_only=True)
-        found: dict[int, Tensor] = {}
-        for part in self.gather(parts):
-            found.update(part)
-        return found
+        return _united(self.gather(parts))
+
+    def final_hidden(self, samples: Sequence[Sample], plan: StepPlan) -> dict[int, Tensor]:
+        """Per sample id, the final hidden states [n, H] that predict its loss-bearing tokens. No gradient.
+
+        They stay where they are born: on the last stage's ranks, those of each data-parallel rank's own samples, the
+        same on its tensor-parallel ranks. Elsewhere nothing.
+        """
+        for chunk in self.chunks:
+            chunk.eval()
+
+        def step(chunk: Any, batch: MicroBatch) -> tuple[Tensor, LossFunction]:
+            def keep(hidden: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+                return hidden.sum(), scatter_back(self._loss_tokens(hidden, batch).hidden, batch)
+
+            return self._forward(chunk, batch), keep
+
+        batches = self._micro_batches(samples, plan, ())
+        return _united(run_schedule(self.chunks, batches, step, mesh=self.mesh, forward_only=True))
+
+    def _loss_tokens(self, hidden: Tensor, batch: MicroBatch) -> LossTokens:
+        return loss_tokens(self.models[-1], hidden, batch, self.mesh, chunk=self.vocabulary_chunk)
 
     def gather(self, records: list[T]) -> list[T]:
         """What the last stage's ranks hold, of all data-parallel ranks, on every rank. Collective."""
@@ -160,6 +170,10 @@ class ShardedModel:
     def named_hf_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, full tensor) on every rank; collective."""
         return export_weights(self.models, self.mesh)
+
+
+def _united(parts: Sequence[dict[int, Tensor]]) -> dict[int, Tensor]:
+    return {sample_id: values for part in parts for sample_id, values in part.items()}
 
 
 def _is_extra(key: str) -> bool:

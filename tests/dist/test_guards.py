@@ -51,8 +51,8 @@ class Infinite:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
-    def __call__(self, stats: Any, batch: Any) -> Any:
-        outcome = self.inner(stats, batch)
+    def __call__(self, tokens: Any) -> Any:
+        outcome = self.inner(tokens)
         return outcome._replace(loss=outcome.loss + math.inf)
 
 

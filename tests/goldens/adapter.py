@@ -494,7 +494,7 @@ def _objective_case(
     if objective.kl_estimator is not None:
         fields["ref_log_probs"] = _flat(inputs["ref_log_prob"], mask)
     entropy = _flat(inputs["entropies"], mask) if objective.entropy_coeff else torch.zeros_like(leaf)
-    loss = objective(LinearStats(leaf, entropy), _micro_batch(mask, fields)).loss
+    loss = objective.of_stats(LinearStats(leaf, entropy), _micro_batch(mask, fields)).loss
     loss.backward()
     return {"out.loss": loss.item(), "grad.loss.log_prob": _scattered(leaf, mask)}
 

@@ -1,0 +1,72 @@
+"""The teacher of self-distillation: whose weights read the response, and when they move."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_rl.config.schema import ModelConfig
+from megatron_rl.config.sdpo import TeacherConfig, TeacherMode
+from megatron_rl.data.planner import StepPlan, replan
+from megatron_rl.data.samples import Sample
+from megatron_rl.workers.average import WeightAverage, decay_of
+from megatron_rl.workers.distillation import Targets
+from megatron_rl.workers.model_worker import ModelWorker
+from megatron_rl.workers.sharded_model import ShardedModel
+
+
+class Teacher:
+    """`ema`: an average of the actor's weights, which starts as a copy. `frozen`: the model that training starts from.
+
+    `live`: the actor itself. `trust_region`: the first model, its logits mixed with the actor's by `rate`.
+    """
+
+    def __init__(self, model: ModelConfig, config: TeacherConfig, actor: ModelWorker) -> None:
+        self.config, self.actor = config, actor
+        self.model: ShardedModel = actor if config.mode is TeacherMode.live else ShardedModel(model, actor.mesh)
+        self.average: WeightAverage | None = None
+        if config.mode is TeacherMode.ema:
+            self.average = WeightAverage(actor, decay_of(config), offload=config.offload)
+            self.average.write_to(self.model)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether the actor's own reading of the teacher's prompt counts too."""
+        return self.config.mode is TeacherMode.trust_region
+
+    def targets(self, samples: Sequence[Sample], plan: StepPlan, max_tokens: int) -> tuple[Targets, Targets | None]:
+        """What the teacher, and where it is mixed in the actor, make of the samples; `plan` is the student's.
+
+        `samples` hold the teacher's prompts, and the responses of the student's samples with the same loss masks.
+        """
+        mesh = self.actor.mesh
+        replanned = replan(
+            [len(sample) for sample in samples],
+            plan,
+            max_tokens=max_tokens,
+            min_micro_batches=mesh.min_micro_batches,
+            multiple_of=mesh.micro_batch_multiple,
+        )
+        models = [self.model, self.actor] if self.mixes else [self.model]
+        read = [Targets(model.final_hidden(samples, replanned), model.models[-1].head_weight) for model in models]
+        return read[0], read[1] if self.mixes else None
+
+    def update(self) -> dict[str, float]:
+        """Moves an averaged teacher towards the actor. Collective."""
+        if self.average is None:
+            return {}
+        decay = self.average.update()
+        self.average.write_to(self.model)
+        return {"teacher/decay": decay, "teacher/updates": float(self.average.num_updates)}
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree with; the teacher's mode is part of it."""
+        return {**self.model.identity(), "mode": self.config.mode.value}
+
+    def sharded_state(self, *, loading: bool) -> dict[str, Any]:
+        """The average, in float32; of a frozen model its weights."""
+        return (self.average or self.model).sharded_state(loading=loading)
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Takes back what `sharded_state` gave out."""
+        (self.average or self.model).load_state(state)
+        if self.average is not None:
+            self.average.write_to(self.model)
