@@ -182,9 +182,7 @@ def _check_sdpo(config: SdpoConfig) -> None:
         f"distill.aggregation={distill.aggregation!r} is not one of {', '.join(AGGREGATIONS)}",
     )
     _require(0 <= distill.alpha <= 1, f"distill.alpha={distill.alpha} must be between 0 and 1")
-    _require(
-        distill.topk > 0, f"distill.topk={distill.topk} must be greater than 0; distill.support=full takes all ids"
-    )
+    _require(distill.topk > 0, f"distill.topk={distill.topk} must be greater than 0; support=full takes all ids")
     _require(
         distill.is_clip is None or distill.is_clip > 0,
         f"distill.is_clip={distill.is_clip} must be greater than 0, or null for no weight",
@@ -193,9 +191,7 @@ def _check_sdpo(config: SdpoConfig) -> None:
         distill.loss is not DistillLoss.sampled_token or distill.alpha == 1,
         f"distill.loss=sampled_token estimates the reverse KL and needs distill.alpha=1, not {distill.alpha}",
     )
-    _require(
-        0 < teacher.rate <= 1, f"teacher.rate={teacher.rate} must be above 0 and at most 1: it weighs the new weights"
-    )
+    _require(0 < teacher.rate <= 1, f"teacher.rate={teacher.rate} must be in (0, 1]; it weighs the new weights")
     _require(
         config.rollout_correction.opsm_delta is None,
         "rollout_correction.opsm_delta asks for advantages, and sdpo has none: remove it",

@@ -72,11 +72,10 @@ class SdpoTrainer:
         self, groups: Sequence[RolloutGroup], samples: Sequence[Sample], step: int
     ) -> tuple[list[Pair | None], dict[str, float]]:
         """Each sample with what its teacher reads; None for one that has no teacher or bears no loss."""
-        chat = self.config.data.chat.value
         key = self.config.data.prompt_key
 
         def encode(value: Any) -> tuple[int, ...]:
-            return encode_prompt(self.parts.tokenizer, value, chat=chat)[1]
+            return encode_prompt(self.parts.tokenizer, value, chat=self.config.data.chat.value)[1]
 
         values = [group.prompt.row[key] for group in groups]
         contexts, metrics = teacher_contexts(

@@ -15,6 +15,7 @@ from megatron_rl.algorithms.distill import Tail, buckets, divergence, off_policy
 from megatron_rl.data.collate import MicroBatch
 from megatron_rl.metrics.types import Metrics, Sum
 from megatron_rl.ops.divergence import Head, Pair, full_divergence, mixed_head, pair_figures, paired_stats
+from megatron_rl.ops.linear_stats import LinearStats
 from megatron_rl.workers.objective import LossTokens, Outcome, token_mean
 
 Support = Literal["student", "teacher", "full"]
@@ -95,11 +96,12 @@ class Distillation:
         )
         if self.sampled:
             return sampled_token(pair.student.logp, pair.teacher.logp), pair.student.logp, pair
-        sides = []
-        for stats in pair:
-            assert stats.topk_logp is not None and stats.tail_logp is not None
-            sides.append(buckets(stats.topk_logp, stats.tail_logp, self.tail))
-        return divergence(*sides, self.alpha), pair.student.logp, pair
+        guide = self._buckets(pair.teacher)
+        return divergence(self._buckets(pair.student), guide, self.alpha), pair.student.logp, pair
+
+    def _buckets(self, stats: LinearStats) -> Tensor:
+        assert stats.topk_logp is not None and stats.tail_logp is not None
+        return buckets(stats.topk_logp, stats.tail_logp, self.tail)
 
     @staticmethod
     def _metrics(loss: float, values: Tensor, clipped: Tensor, pair: Pair) -> Metrics:
