@@ -73,4 +73,7 @@ def test_the_checkpoint_of_another_model_is_refused(pool: Pool, model: str, tmp_
     assert (
         "of another model: tied is True there and False in model.path" in pool.run(refused, 1, other, str(tmp_path))[0]
     )
-    assert "is neither 'pretrained' nor 'random' nor a run" in pool.run(refused, 1, other, str(tmp_path / "x"))[0]
+    assert (
+        "is neither 'pretrained' nor 'random' nor a checkpoint nor a run"
+        in pool.run(refused, 1, other, str(tmp_path / "x"))[0]
+    )
