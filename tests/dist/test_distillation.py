@@ -1,0 +1,174 @@
+"""Self-distillation on a whole model: the loss and every gradient are the same however the two passes are cut."""
+
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.dist.pool import Pool
+from tests.models import tiny_model
+
+VOCABULARY = 99
+# (world, layout, tokens per micro-batch, columns of the vocabulary at once)
+CUTS: dict[str, tuple[int, dict[str, Any], int, int]] = {
+    "tp2": (2, {"tp": 2}, 120, 1024),
+    "tp2_sp": (2, {"tp": 2, "sequence_parallel": True}, 64, 7),
+    "tp4": (4, {"tp": 4}, 64, 1024),
+    "pp2": (2, {"pp": 2}, 64, 1024),
+    "pp2_vpp2": (2, {"pp": 2, "vpp": 2}, 64, 1024),
+    "dp2": (2, {}, 64, 1024),
+    "tp2_pp2": (4, {"tp": 2, "pp": 2}, 64, 1024),
+    "alone": (1, {}, 40, 13),
+}
+LOSSES = [
+    *({"alpha": a, "tail": t, "topk": k} for a, t, k in product((0.0, 0.3, 0.5, 1.0), ("exact", "none"), (1, 20, 99))),
+    {"alpha": 0.5, "tail": "clamped", "topk": 20},
+    *({"alpha": a, "support": s, "topk": 20} for a, s in product((0.0, 0.5, 1.0), ("teacher", "full"))),
+    {"alpha": 1.0, "sampled": True, "topk": 20},
+    {"alpha": 0.5, "topk": 20, "mixed": True},
+]
+
+
+def make_pairs() -> list[tuple[Any, Any]]:
+    """Student's and teacher's samples: other prompts, longer, and the same responses with the same masks."""
+    from dataclasses import replace
+
+    from megatron_rl.data.samples import from_example, weighed
+
+    draw = torch.Generator().manual_seed(11)
+
+    def ids(low: int, high: int) -> list[int]:
+        length = int(torch.randint(low, high, (), generator=draw))
+        return torch.randint(1, VOCABULARY, (length,), generator=draw).tolist()
+
+    students, teachers = [], []
+    for number in range(9):
+        response = ids(1, 12)
+        mask = torch.rand(len(response), generator=draw) > 0.2
+        mask[0] = True
+        student, teacher = (
+            replace(from_example(number, ids(*bounds), response), loss_mask=mask) for bounds in ((1, 9), (8, 24))
+        )
+        noise = 0.5 * torch.randn(len(response), generator=draw)
+        students.append(student.with_field("old_log_probs", noise - 5))
+        teachers.append(teacher)
+    return list(zip(weighed(students, "token-mean"), teachers))
+
+
+def measure(student: str, teacher: str, layout: dict, max_tokens: int, chunk: int) -> list[tuple[float, dict]]:
+    """Of each loss, its value and gradients by name."""
+    from megatron_rl.config.schema import ModelConfig, OptimConfig
+    from megatron_rl.config.sdpo import TeacherConfig, TeacherMode
+    from megatron_rl.parallel.mesh import create_mesh
+    from megatron_rl.workers.distillation import Distillation
+    from megatron_rl.workers.model_worker import ModelWorker
+    from megatron_rl.workers.teacher import Teacher
+
+    mesh = create_mesh(**layout)
+    actor = ModelWorker(ModelConfig(path=student), OptimConfig(), mesh, total_steps=1)
+    actor.vocabulary_chunk = chunk
+    pairs = make_pairs()
+    students = [pair[0] for pair in pairs]
+    plan = actor.plan(students, max_tokens)
+    found = []
+    reader = Teacher(ModelConfig(path=teacher), TeacherConfig(mode=TeacherMode.trust_region), actor)
+    targets, other = reader.targets([pair[1] for pair in pairs], plan, max_tokens)
+    for loss in LOSSES:
+        options: dict[str, Any] = {"support": "student", "tail": "exact", "sampled": False, **loss}
+        mixed = options.pop("mixed", False)
+        objective = Distillation(
+            targets=targets,
+            other=other if mixed else None,
+            mix=0.3,
+            is_clip=1.5,
+            corrected=False,
+            temperature=0.8,
+            on_policy=False,
+            **options,
+        )
+        value = actor.forward_backward(students, plan, objective)["actor/distill_loss"].result()
+        found.append((value, {name: grad.clone() for name, grad in actor.named_hf_gradients()}))
+    return found
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A student, and a teacher with other weights and another, untied head."""
+    folder = tmp_path_factory.mktemp("models")
+    student = tiny_model(folder / "student", "qwen3", tied=True, vocab_size=VOCABULARY)
+    from transformers import AutoModelForCausalLM
+
+    teacher = AutoModelForCausalLM.from_pretrained(student)
+    generator = torch.Generator().manual_seed(8)
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.add_(0.03 * torch.randn(parameter.shape, generator=generator))
+    teacher.save_pretrained(folder / "teacher")
+    return str(student), str(folder / "teacher")
+
+
+@pytest.fixture(scope="module")
+def expected(pool: Pool, models: tuple[str, str]) -> list[tuple[float, dict[str, Tensor]]]:
+    """One rank, everything in one micro-batch."""
+    return pool.run(measure, 1, *models, {}, 4096, 1024)[0]
+
+
+def test_the_loss_is_that_of_two_dense_models(models: tuple[str, str], expected: list) -> None:
+    """Every divergence from transformers' logits in float64, and its gradient at one of the weights."""
+    from transformers import AutoModelForCausalLM
+
+    from megatron_rl.algorithms import distill
+
+    student, teacher = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64) for path in models)
+
+    def logits(model: Any, sample: Any) -> Tensor:
+        z = model(sample.token_ids[None]).logits[0, sample.prompt_length - 1 : -1]
+        return z[sample.loss_mask] / 0.8
+
+    for loss, (value, gradients) in zip(LOSSES, expected, strict=True):
+        student.zero_grad()
+        total = torch.zeros((), dtype=torch.float64)
+        for mine, read in make_pairs():
+            z = logits(student, mine)
+            with torch.no_grad():
+                t = logits(teacher, read)
+                if loss.get("mixed"):
+                    t = 0.7 * t + 0.3 * logits(student, read)
+            labels = mine.token_ids[mine.prompt_length :][mine.loss_mask]
+            s, t = z.log_softmax(-1), t.log_softmax(-1)
+            logp = s.gather(1, labels[:, None])[:, 0]
+            if loss.get("sampled"):
+                values = distill.sampled_token(logp, t.gather(1, labels[:, None])[:, 0])
+            elif loss.get("support") == "full":
+                values = distill.divergence(s, t, loss["alpha"])
+            else:
+                of = t if loss.get("support") == "teacher" else s
+                ids = of.detach().topk(loss["topk"]).indices
+                sides = []
+                for side in (s, t):
+                    rest = side.scatter(1, ids, -torch.inf).logsumexp(1)
+                    sides.append(distill.buckets(side.gather(1, ids), rest.clamp(min=-80), loss.get("tail", "exact")))
+                values = distill.divergence(*sides, loss["alpha"])
+            old = mine.fields["old_log_probs"][mine.loss_mask].double()
+            values = (logp - old).exp().detach().clamp(max=1.5) * values
+            total = total + (mine.fields["weights"][mine.loss_mask].double() * values).sum()
+        total.backward()
+        assert value == pytest.approx(float(total), rel=2e-5, abs=1e-6), loss
+        name = "model.layers.2.mlp.down_proj.weight"
+        exact = dict(student.named_parameters())[name].grad
+        if exact.abs().max() > 1e-9:
+            assert (gradients[name].double() - exact).abs().max() < 3e-5 * exact.abs().max() + 1e-8, loss
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_every_cut_agrees(pool: Pool, models: tuple[str, str], expected: list, cut: str) -> None:
+    world, *options = CUTS[cut]
+    for found in pool.run(measure, world, *models, *options):
+        for loss, (value, gradients), (other, others) in zip(LOSSES, expected, found, strict=True):
+            assert other == pytest.approx(value, rel=1e-5, abs=1e-6), loss
+            for name, gradient in gradients.items():
+                largest = gradient.abs().max().clamp(min=1e-4)
+                assert (others[name] - gradient).abs().max() < 1e-5 * largest + 1e-9, (loss, name)
