@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[2]
 # Spelled in two halves, so that this file does not find itself.
 HOME = re.compile("|".join(["/ro" + "ot/", "/ho" + "me/"]))
 UNFINISHED = re.compile(r"\b(" + "|".join(["TO" + "DO", "FIX" + "ME", "X" * 3]) + r")\b")
+CONFLICT = re.compile(r"^(<{7}|>{7}) ")
 
 
 def faults(text: str) -> list[tuple[int, str]]:
@@ -22,6 +23,8 @@ def faults(text: str) -> list[tuple[int, str]]:
             found.append((number, f"an absolute path into {match[0]}"))
         if match := UNFINISHED.search(line):
             found.append((number, f"a {match[0]}"))
+        if CONFLICT.search(line):
+            found.append((number, "a conflict of a merge"))
         if line != line.rstrip():
             found.append((number, "trailing whitespace"))
     return found
@@ -48,6 +51,7 @@ PLANTED = [
     ("see /ho" + "me/ann/run.sh", [(1, "an absolute path into /ho" + "me/")]),
     ("# TO" + "DO: later", [(1, "a TO" + "DO")]),
     ("\n\nFIX" + "ME", [(3, "a FIX" + "ME")]),
+    ("<" * 7 + " HEAD\nours\n" + "=" * 7, [(1, "a conflict of a merge")]),
     ("one \ntwo\n\t", [(1, "trailing whitespace"), (3, "trailing whitespace")]),
     ("line\r\n", [(1, "trailing whitespace")]),
 ]
