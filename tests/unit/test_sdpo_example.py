@@ -69,6 +69,22 @@ def test_feedback_names_the_wrong_digits(answer: str, response: str, remark: str
 
 
 @pytest.mark.parametrize(
+    ("response", "remark"),
+    [
+        ("2 * 6 = 12", None),
+        ("1,200", "The answer ends in 1200, which is too large."),
+        ("12 or -12", "The answer ends in -12, which is too small."),
+        ("twelve", "There is no number in the answer. End it with one."),
+    ],
+)
+def test_feedback_of_the_cluster_example(response: str, remark: str | None) -> None:
+    prompt = Prompt(index=0, text="", token_ids=(1,), row={"answer": "12"})
+    judge = resolve(f"{EXAMPLE.with_name('cluster') / 'reward.py'}:number")
+    reward = judge(prompt, answered(prompt, 0, response))
+    assert (reward.value, reward.feedback) == (float(remark is None), remark)
+
+
+@pytest.mark.parametrize(
     ("kind", "feedback", "answers"), [("solution", "never", 2), ("feedback", "always", 1), ("both", "always", 2)]
 )
 def test_the_warm_start_has_the_contexts_of_the_trainer(
