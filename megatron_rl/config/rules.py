@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_rl.config.schema import (
     Advantage,
+    AverageConfig,
     CorrectionLevel,
     EmaAxis,
     GrpoConfig,
@@ -116,11 +117,23 @@ def _check_rollout(rollout: RolloutConfig) -> None:
     _require(rollout.top_k >= 0, f"rollout.top_k={rollout.top_k} must not be negative; 0 means no limit")
 
 
+def _check_average(key: str, average: AverageConfig) -> None:
+    _require(0 < average.rate <= 1, f"{key}.rate={average.rate} must be in (0, 1]; it weighs the new weights")
+    for name in ("inv_gamma", "power"):
+        _require(getattr(average, name) > 0, f"{key}.{name}={getattr(average, name)} must be greater than 0")
+    _require(
+        0 <= average.min <= average.max <= 1,
+        f"{key}.min={average.min} and {key}.max={average.max} bound a decay: 0 <= min <= max <= 1",
+    )
+    _require(average.update_after >= 0, f"{key}.update_after={average.update_after} must not be negative")
+
+
 def check(config: Config) -> None:
     """Values and combinations that cannot be run; raises ConfigError on the first."""
     _check_size(config)
     _check_positive(config)
     _check_rollout(config.rollout)
+    _check_average("average", config.average)
     parallel = config.parallel
     _require(
         parallel.vpp == 1 or parallel.pp > 1,

@@ -110,6 +110,13 @@ class EmaGradient(StrEnum):
     straight_through = "straight_through"
 
 
+class AverageSchedule(StrEnum):
+    """How the decay of averaged weights goes with the number of updates; see ops/ema.py and docs/averages.md."""
+
+    constant = "constant"
+    warmup = "warmup"
+
+
 class KLGradient(StrEnum):
     """The slope of the estimate; see algorithms/kl.py."""
 
@@ -283,6 +290,27 @@ class EmaConfig:
 
 
 @dataclass(kw_only=True)
+class AverageConfig:
+    """A moving average of the model's weights: average <- decay average + (1 - decay) weights."""
+
+    schedule: AverageSchedule = AverageSchedule.constant
+    rate: float = 0.01  # of constant: what the new weights count, 1 - decay
+    inv_gamma: float = 1.0  # of warmup: decay = 1 - (1 + n / inv_gamma)^-power, between min and max
+    power: float = 2 / 3
+    min: float = 0.0
+    max: float = 0.9999
+    update_after: int = 0  # of warmup: updates that are plain copies, beyond the first two
+    offload: bool = False  # keep it in host memory
+
+
+@dataclass(kw_only=True)
+class KeptAverageConfig(AverageConfig):
+    """An average kept beside the weights that are trained: saved, evaluated as val_average/*, written to hf_average."""
+
+    enabled: bool = False
+
+
+@dataclass(kw_only=True)
 class RolloutCorrectionConfig:
     """What is done about rollouts that were not drawn from the policy which the update starts from."""
 
@@ -353,6 +381,7 @@ class SftConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    average: KeptAverageConfig = field(default_factory=KeptAverageConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guards: GuardsConfig = field(default_factory=GuardsConfig)
@@ -376,6 +405,7 @@ class GrpoConfig:
     ema: EmaConfig = field(default_factory=EmaConfig)
     kl: KLConfig = field(default_factory=KLConfig)
     rollout_correction: RolloutCorrectionConfig = field(default_factory=RolloutCorrectionConfig)
+    average: KeptAverageConfig = field(default_factory=KeptAverageConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guards: GuardsConfig = field(default_factory=GuardsConfig)

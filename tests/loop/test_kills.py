@@ -41,7 +41,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(options: list[str], tmp_pat
     # The comparison can fail.
     for name in ("metrics.jsonl", "hf/model.safetensors"):
         kept = (whole / name).read_bytes()
-        wrong = kept.replace(b"\"step\": 3", b"\"step\": 7") if name[0] == "m" else kept[:-1] + bytes([kept[-1] ^ 1])
+        wrong = kept.replace(b'"step": 3', b'"step": 7') if name[0] == "m" else kept[:-1] + bytes([kept[-1] ^ 1])
         (whole / name).write_bytes(wrong)
         assert not tool().same(tmp_path / "killed", whole)
         (whole / name).write_bytes(kept)
