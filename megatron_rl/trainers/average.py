@@ -1,17 +1,25 @@
-"""The average of the weights that a run may keep, and the model that it is evaluated and exported as."""
+"""The average of the weights that a run may keep, its updates, and the model that it is evaluated and exported as."""
 
 from functools import cached_property
 
 from megatron_rl.config.rules import Config
 from megatron_rl.parallel.mesh import Mesh
 from megatron_rl.workers.average import EmptyModel, WeightAverage, decay_of
-from megatron_rl.workers.model_worker import ModelWorker
+from megatron_rl.workers.model_worker import ModelWorker, StepResult
 
 
 def kept_average(config: Config, actor: ModelWorker) -> WeightAverage | None:
     """The actor's average, where one is kept."""
     options = config.average
     return WeightAverage(actor, decay_of(options), offload=options.offload) if options.enabled else None
+
+
+def take_step(actor: ModelWorker, average: WeightAverage | None) -> StepResult:
+    """The optimizer's step, and the average's update, unless the step was skipped."""
+    result = actor.step()
+    if average is not None and result.applied:
+        average.update()
+    return result
 
 
 class AveragedModel:

@@ -58,7 +58,7 @@ class Evaluator:
     def __call__(
         self, step: int, model: ShardedModel, *, name: str = "val", version: int | None = None
     ) -> tuple[dict[str, float], list[RolloutGroup]]:
-        """`val/*`, and the greedy answers. `version`: the weights' number in the engine, if not the model's. Collective."""
+        """`val/*`, and the greedy answers. `version` numbers the weights where the model's own does not. Collective."""
         config = self.parts.config
         check = "weight_checksum" not in config.guards.off
         version = model.version if version is None else version

@@ -15,7 +15,7 @@ from megatron_rl.metrics.types import Max, Mean, Metrics, StepLog, Sum, merge
 from megatron_rl.parallel.mesh import Mesh
 from megatron_rl.rollout.sync import push
 from megatron_rl.trainers.audit import audit_padding, audit_rollouts
-from megatron_rl.trainers.average import kept_average
+from megatron_rl.trainers.average import kept_average, take_step
 from megatron_rl.trainers.data import train_prompts
 from megatron_rl.trainers.objectives import policy_objective, updates_per_step
 from megatron_rl.trainers.parts import Parts
@@ -93,9 +93,7 @@ class GrpoTrainer:
         )
         plan = self.actor.plan(mini_batch, self.config.train.max_tokens_per_micro_batch)
         stats = self.actor.forward_backward(mini_batch, plan, self.objective)
-        update = self.actor.step()
-        if self.average is not None and update.applied:
-            self.average.update()
+        update = take_step(self.actor, self.average)
         return {name: Mean(v.value, 1) if isinstance(v, Sum) else v for name, v in stats.items()} | {
             "actor/grad_norm": Max(update.grad_norm),
             "actor/lr": Mean(update.lr, 1),

@@ -12,7 +12,7 @@ from megatron_rl.metrics.timing import Timer
 from megatron_rl.metrics.types import StepLog
 from megatron_rl.parallel.mesh import Mesh
 from megatron_rl.trainers.audit import audit_padding, audit_samples
-from megatron_rl.trainers.average import kept_average
+from megatron_rl.trainers.average import kept_average, take_step
 from megatron_rl.trainers.data import train_examples
 from megatron_rl.trainers.parts import Parts
 from megatron_rl.workers.model_worker import ModelWorker
@@ -36,9 +36,7 @@ class SftTrainer:
         plan = actor.plan(samples, config.train.max_tokens_per_micro_batch)
         with timer("update_actor"):
             metrics = actor.forward_backward(samples, plan, self.objective)
-            update = actor.step()
-            if self.average is not None and update.applied:
-                self.average.update()
+            update = take_step(actor, self.average)
         lengths = [float(sample.response_length) for sample in samples]
         scalars = {
             **{name: value.result() for name, value in metrics.items()},

@@ -2,8 +2,8 @@
 
     theta_T <- d theta_T + (1 - d) theta_S
 
-theta_S are the optimizer's float32 master weights: of bfloat16 ones most steps would be lost. An update stays on its rank;
-whole tensors exist only where the average is written to a model or saved.
+theta_S are the optimizer's float32 master weights: of bfloat16 ones most steps would be lost. An update stays on its
+rank; whole tensors exist only where the average is written to a model or saved.
 """
 
 import math
