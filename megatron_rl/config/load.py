@@ -39,6 +39,7 @@ GRPO: dict[str, Any] = {
     "overlong_buffer": 0,
     "drop_truncated": False,
 }
+MOST_TEACHER_TOKENS = 10240  # as in the code of SDPO's authors
 WITHOUT_STD = GRPO | {"normalize_by_std": False, "aggregation": "seq-mean-token-sum-norm"}
 BY_SEQUENCE = GRPO | {"dual_clip": 0.0, "aggregation": "seq-mean-token-mean"}
 ALGORITHM_DEFAULTS: dict[Algorithm, dict[str, Any]] = {
@@ -205,6 +206,10 @@ def _complete(config: Config) -> list[str]:
             by_step = config.ema.axis is EmaAxis.step
             config.ema.gradient = EmaGradient.current if by_step else EmaGradient.full
             filled.append("ema.gradient")
+    if isinstance(config, SdpoConfig) and config.reprompt.max_tokens is None:
+        room = config.train.max_tokens_per_micro_batch - config.rollout.max_new_tokens
+        config.reprompt.max_tokens = min(MOST_TEACHER_TOKENS, room)
+        filled.append("reprompt.max_tokens")
     if config.rollout.parity_tolerance is None:
         # Two implementations of one bfloat16 model differ by about this much on a token now and then.
         config.rollout.parity_tolerance = 1e-3 if config.model.dtype is DType.float32 else 0.25

@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_rl.config.schema import (
     Advantage,
+    AverageConfig,
     CorrectionLevel,
     EmaAxis,
     GrpoConfig,
@@ -119,11 +120,26 @@ def _check_rollout(rollout: RolloutConfig) -> None:
     _require(rollout.top_k >= 0, f"rollout.top_k={rollout.top_k} must not be negative; 0 means no limit")
 
 
+def _check_average(key: str, average: AverageConfig) -> None:
+    _require(0 < average.rate <= 1, f"{key}.rate={average.rate} must be in (0, 1]; it weighs the new weights")
+    for name in ("inv_gamma", "power"):
+        _require(getattr(average, name) > 0, f"{key}.{name}={getattr(average, name)} must be greater than 0")
+    _require(
+        0 <= average.min <= average.max <= 1,
+        f"{key}.min={average.min} and {key}.max={average.max} bound a decay: 0 <= min <= max <= 1",
+    )
+    _require(average.update_after >= 0, f"{key}.update_after={average.update_after} must not be negative")
+
+
 def check(config: Config) -> None:
     """Values and combinations that cannot be run; raises ConfigError on the first."""
     _check_size(config)
     _check_positive(config)
     _check_rollout(config.rollout)
+    if isinstance(config, SdpoConfig):
+        _check_average("teacher", config.teacher)
+    else:
+        _check_average("average", config.average)
     parallel = config.parallel
     _require(
         parallel.vpp == 1 or parallel.pp > 1,
@@ -175,7 +191,7 @@ def _check_policy(config: PolicyConfig) -> None:
 
 
 def _check_sdpo(config: SdpoConfig) -> None:
-    distill, teacher, reprompt = config.distill, config.teacher, config.reprompt
+    distill, reprompt = config.distill, config.reprompt
     most = config.train.max_tokens_per_micro_batch
     _require(
         distill.aggregation in AGGREGATIONS,
@@ -191,10 +207,15 @@ def _check_sdpo(config: SdpoConfig) -> None:
         distill.loss is not DistillLoss.sampled_token or distill.alpha == 1,
         f"distill.loss=sampled_token estimates the reverse KL and needs distill.alpha=1, not {distill.alpha}",
     )
-    _require(0 < teacher.rate <= 1, f"teacher.rate={teacher.rate} must be in (0, 1]; it weighs the new weights")
     _require(
         config.rollout_correction.opsm_delta is None,
         "rollout_correction.opsm_delta asks for advantages, and sdpo has none: remove it",
+    )
+    assert reprompt.max_tokens is not None
+    _require(
+        reprompt.max_tokens > 0,
+        f"reprompt.max_tokens={reprompt.max_tokens} must be greater than 0; by itself it is what "
+        f"train.max_tokens_per_micro_batch={most} leaves beside rollout.max_new_tokens",
     )
     _require(
         reprompt.max_tokens + config.rollout.max_new_tokens <= most,

@@ -6,6 +6,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from megatron_rl.config.average import AverageConfig
 from megatron_rl.config.sdpo import DistillConfig, RepromptConfig, TeacherConfig
 
 
@@ -285,6 +286,13 @@ class EmaConfig:
 
 
 @dataclass(kw_only=True)
+class KeptAverageConfig(AverageConfig):
+    """An average kept beside the weights that are trained: saved, evaluated as val_average/*, written to hf_average."""
+
+    enabled: bool = False
+
+
+@dataclass(kw_only=True)
 class RolloutCorrectionConfig:
     """What is done about rollouts that were not drawn from the policy which the update starts from."""
 
@@ -355,6 +363,7 @@ class SftConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    average: KeptAverageConfig = field(default_factory=KeptAverageConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guards: GuardsConfig = field(default_factory=GuardsConfig)
@@ -378,6 +387,7 @@ class GrpoConfig:
     ema: EmaConfig = field(default_factory=EmaConfig)
     kl: KLConfig = field(default_factory=KLConfig)
     rollout_correction: RolloutCorrectionConfig = field(default_factory=RolloutCorrectionConfig)
+    average: KeptAverageConfig = field(default_factory=KeptAverageConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guards: GuardsConfig = field(default_factory=GuardsConfig)

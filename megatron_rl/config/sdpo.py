@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
+from megatron_rl.config.average import AverageConfig
+
 
 class DistillLoss(StrEnum):
     """What of the teacher is learned: its next-token distribution, or its judgement of the drawn token."""
@@ -79,9 +81,10 @@ class DistillConfig:
 
 
 @dataclass(kw_only=True)
-class TeacherConfig:
+class TeacherConfig(AverageConfig):
+    """Of trust_region, `rate` is what the present policy's logits count."""
+
     mode: TeacherMode = TeacherMode.ema
-    rate: float = 0.01  # of the new weights, per update; under trust_region of the present policy's logits
     every: TeacherUpdate = TeacherUpdate.rollout
 
 
@@ -97,5 +100,5 @@ class RepromptConfig:
     reprompt_template: str = "{prompt}{solution}{feedback}\n\nCorrectly solve the original question.\n"
     solution_template: str = "\nCorrect solution:\n\n{successful_previous_attempt}\n\n"
     feedback_template: str = "\nThe following is feedback from your unsuccessful earlier attempt:\n\n{feedback_raw}\n\n"
-    max_tokens: int = 10240  # of a teacher's prompt
+    max_tokens: int | None = None  # of a teacher's prompt; null: 10240, or what a micro-batch has room for
     overlong: Overlong = Overlong.shrink

@@ -39,8 +39,8 @@ def pass_at_k(correct: Sequence[int], draws: int, k: int) -> float:
 class Evaluator:
     """Answers the held-out prompts with a model's current weights."""
 
-    def __init__(self, parts: Parts, model: ShardedModel, prompts: Sequence[Prompt]) -> None:
-        self.parts, self.model = parts, model
+    def __init__(self, parts: Parts, prompts: Sequence[Prompt]) -> None:
+        self.parts = parts
         self.prompts = list(prompts)[: parts.config.eval.limit]
 
     def _answer(self, config: Config, step: int, *, draws: int, temperature: float) -> list[RolloutGroup]:
@@ -55,25 +55,28 @@ class Evaluator:
         )
         return score(self.parts.pool, self.parts.engine.generate(self.prompts, sampling))
 
-    def __call__(self, step: int) -> tuple[dict[str, float], list[RolloutGroup]]:
-        """`val/*`, and the greedy answers. Collective."""
-        config, model = self.parts.config, self.model
+    def __call__(
+        self, step: int, model: ShardedModel, *, name: str = "val", version: int | None = None
+    ) -> tuple[dict[str, float], list[RolloutGroup]]:
+        """`val/*`, and the greedy answers. `version` numbers the weights where the model's own does not. Collective."""
+        config = self.parts.config
         check = "weight_checksum" not in config.guards.off
-        push(model.named_hf_weights, self.parts.engine, model.version, check=check)
+        version = model.version if version is None else version
+        push(model.named_hf_weights, self.parts.engine, version, check=check)
         greedy = self._answer(config, step, draws=1, temperature=0.0)
         rollouts = [group.rollouts[0] for group in greedy]
         rewards = [group.rewards[0] for group in greedy]
         metrics = {
-            "val/accuracy": sum(map(is_correct, rewards)) / len(rewards),
-            "val/response_length": sum(len(rollout.token_ids) for rollout in rollouts) / len(rollouts),
-            "val/truncated": sum(rollout.finish_reason == "length" for rollout in rollouts) / len(rollouts),
-            "val/reward_failed": float(sum(reward.reason is not None for reward in rewards)),
+            f"{name}/accuracy": sum(map(is_correct, rewards)) / len(rewards),
+            f"{name}/response_length": sum(len(rollout.token_ids) for rollout in rollouts) / len(rollouts),
+            f"{name}/truncated": sum(rollout.finish_reason == "length" for rollout in rollouts) / len(rollouts),
+            f"{name}/reward_failed": float(sum(reward.reason is not None for reward in rewards)),
         }
         if draws := config.eval.samples:
             drawn = self._answer(config, step, draws=draws, temperature=config.rollout.temperature)
             correct = [sum(map(is_correct, group.rewards)) for group in drawn]
             for k in sorted({2**power for power in range(draws.bit_length()) if 2**power <= draws} | {draws}):
-                metrics[f"val/pass@{k}"] = pass_at_k(correct, draws, k)
+                metrics[f"{name}/pass@{k}"] = pass_at_k(correct, draws, k)
         return metrics, greedy
 
 
@@ -91,7 +94,7 @@ def evaluate(config: Config) -> None:
                 raise ConfigError("eval needs held-out problems: set data.val")
             step = int(read_state(checkpoint)["step"]) if checkpoint is not None else 0
             with progress.phase("testing"):
-                metrics, answers = Evaluator(parts, model, held_out.all())(step)
+                metrics, answers = Evaluator(parts, held_out.all())(step, model)
             if dist.get_rank() == 0:
                 _report(Path(config.run.dir), str(checkpoint or config.model.weights), step, metrics, answers)
     finally:

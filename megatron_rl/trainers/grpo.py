@@ -15,6 +15,7 @@ from megatron_rl.metrics.types import Max, Mean, Metrics, StepLog, Sum, merge
 from megatron_rl.parallel.mesh import Mesh
 from megatron_rl.rollout.sync import push
 from megatron_rl.trainers.audit import audit_padding, audit_rollouts
+from megatron_rl.trainers.average import kept_average, take_step
 from megatron_rl.trainers.data import train_prompts
 from megatron_rl.trainers.objectives import policy_objective, updates_per_step
 from megatron_rl.trainers.parts import Parts
@@ -35,6 +36,7 @@ class GrpoTrainer:
     ) -> None:
         self.config, self.actor, self.parts, self.source = config, actor, parts, source
         self.objective = policy_objective(config)
+        self.average = kept_average(config, actor)
         needs_old = not self.objective.on_policy or config.kl.where is KLPlace.reward
         self.policies = Policies(config, actor, reference, needs_old=needs_old)
 
@@ -92,7 +94,7 @@ class GrpoTrainer:
         )
         plan = self.actor.plan(mini_batch, self.config.train.max_tokens_per_micro_batch)
         stats = self.actor.forward_backward(mini_batch, plan, self.objective)
-        update = self.actor.step()
+        update = take_step(self.actor, self.average)
         return {name: Mean(v.value, 1) if isinstance(v, Sum) else v for name, v in stats.items()} | {
             "actor/grad_norm": Max(update.grad_norm),
             "actor/lr": Mean(update.lr, 1),
@@ -101,8 +103,8 @@ class GrpoTrainer:
 
     def roles(self) -> dict[str, Role]:
         """The reference too: what training started from may be gone, or another, when the run is continued."""
-        reference = self.policies.reference
-        return {"actor": self.actor, **({} if reference is None else {"reference": reference})}
+        roles = {"actor": self.actor, "reference": self.policies.reference, "average": self.average}
+        return {name: role for name, role in roles.items() if role is not None}
 
     def state(self) -> dict[str, Any]:
         return {"source": self.source.state_dict()}

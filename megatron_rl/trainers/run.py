@@ -24,6 +24,7 @@ from megatron_rl.parallel.stop import StopRequest
 from megatron_rl.parallel.watchdog import watch
 from megatron_rl.report.curves import has_curve, plot_learning_curve
 from megatron_rl.trainers import grpo, sdpo, sft
+from megatron_rl.trainers.average import AveragedModel
 from megatron_rl.trainers.banner import banner
 from megatron_rl.trainers.data import held_out_prompts
 from megatron_rl.trainers.evaluate import Evaluator
@@ -31,16 +32,19 @@ from megatron_rl.trainers.guards import Guards
 from megatron_rl.trainers.parts import Parts
 from megatron_rl.trainers.resume import checkpoint_store, differences, latest_checkpoint, origin
 from megatron_rl.types import RolloutGroup
+from megatron_rl.workers.average import WeightAverage
 from megatron_rl.workers.model_worker import ModelWorker
+from megatron_rl.workers.sharded_model import ShardedModel
 
 SHOWN_ANSWERS = 8
 
 
 class Trainer(Protocol):
-    """What a trainer brings: its parts and the model it trains, one step, and what must be saved of it."""
+    """What a trainer brings: its parts, the model it trains and its average, one step, what must be saved of it."""
 
     parts: Parts
     actor: ModelWorker
+    average: WeightAverage | None
 
     def roles(self) -> dict[str, Role]: ...
 
@@ -85,7 +89,8 @@ class Run:
         held_out = held_out_prompts(config, trainer.parts.tokenizer)
         self.evaluator = None
         if held_out is not None:
-            self.evaluator = Evaluator(trainer.parts, trainer.actor, held_out.all())
+            self.evaluator = Evaluator(trainer.parts, held_out.all())
+        self.averaged = None if trainer.average is None else AveragedModel(config, mesh, trainer.average)
         self.guards = Guards(config)
         self.timer = Timer()
         self.writer: Writer | None = None
@@ -119,8 +124,8 @@ class Run:
                 self.store.poll()
             self._complete()
             # An earlier process may have been killed between its last checkpoint and its export.
-            if last == self.config.train.steps and (last > done or not (self.directory / "hf").is_dir()):
-                self._export()
+            if last == self.config.train.steps and (last > done or not self._exported()):
+                self._export_all()
                 self._draw(last)
         finally:
             if self.writer is not None:
@@ -183,6 +188,9 @@ class Run:
             return 0
         self.differences = differences(path, self.config)
         state = self.store.load(path, self.trainer.roles(), other_roles=self.config.run.allow_changes)
+        if self.trainer.average is not None and not {"average", "teacher"} & set(state["models"]):
+            self.trainer.average.refresh()
+            self.differences.append(f"average: none in {path}, starts from the weights there")
         self.trainer.load_state(state["state"])
         self.guards.load_state_dict(state["guards"])
         return int(state["step"])
@@ -191,18 +199,29 @@ class Run:
         if self.evaluator is None:
             return {}
         with self.timer("testing"):
-            metrics, answers = self.evaluator(step)
+            metrics, answers = self.evaluator(step, self.trainer.actor)
+            if self.averaged is not None:
+                version = self.averaged.engine_version
+                metrics |= self.evaluator(step, self.averaged.now(), name="val_average", version=version)[0]
         seconds = self.timer.metrics()
         self.timer.reset()
         if self.writer is not None:
             self.writer.text(step, "val/answers", _table(answers[:SHOWN_ANSWERS]))
         return metrics | seconds
 
-    def _export(self) -> None:
-        with self._writing(self.directory / "hf.partial", "export"):
+    def _exported(self) -> bool:
+        return all((self.directory / name).is_dir() for name in ("hf", *(["hf_average"] if self.averaged else [])))
+
+    def _export_all(self) -> None:
+        self._export(self.trainer.actor, "hf")
+        if self.averaged is not None:
+            self._export(self.averaged.now(), "hf_average")
+
+    def _export(self, model: ShardedModel, name: str) -> None:
+        with self._writing(self.directory / f"{name}.partial", "export"):
             write_model(
-                self.trainer.actor.named_hf_weights(),
-                self.directory / "hf",
+                model.named_hf_weights(),
+                self.directory / name,
                 like=self.config.model.path,
                 write=dist.get_rank() == 0,
             )

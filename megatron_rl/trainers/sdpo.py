@@ -40,6 +40,7 @@ class SdpoTrainer:
         self, config: SdpoConfig, actor: ModelWorker, teacher: Teacher, parts: Parts, source: PromptSource
     ) -> None:
         self.config, self.actor, self.teacher, self.parts, self.source = config, actor, teacher, parts, source
+        self.average = teacher.average
         self.on_policy = updates_per_step(config) == 1 and not config.rollout_correction.bypass
         needs_old = not self.on_policy and config.distill.is_clip is not None
         self.policies = Policies(config, actor, None, needs_old=needs_old)
@@ -150,6 +151,7 @@ def _pair(sample: Sample, context: TeacherContext | None) -> Pair | None:
 def reprompt_options(config: SdpoConfig) -> RepromptOptions:
     """The config's section as data/reprompt.py takes it; ValueError where a template cannot be filled."""
     r = config.reprompt
+    assert r.max_tokens is not None
     return RepromptOptions(
         success_threshold=r.success_threshold,
         choice=r.choice.value,

@@ -12,6 +12,7 @@ from megatron_rl.metrics.timing import Timer
 from megatron_rl.metrics.types import StepLog
 from megatron_rl.parallel.mesh import Mesh
 from megatron_rl.trainers.audit import audit_padding, audit_samples
+from megatron_rl.trainers.average import kept_average, take_step
 from megatron_rl.trainers.data import train_examples
 from megatron_rl.trainers.parts import Parts
 from megatron_rl.workers.model_worker import ModelWorker
@@ -24,6 +25,7 @@ class SftTrainer:
     def __init__(self, config: SftConfig, actor: ModelWorker, parts: Parts, source: ExampleSource) -> None:
         self.config, self.actor, self.parts, self.source = config, actor, parts, source
         self.objective = NegativeLogLikelihood()
+        self.average = kept_average(config, actor)
 
     def step(self, step: int, timer: Timer) -> StepLog:
         actor, config = self.actor, self.config
@@ -34,7 +36,7 @@ class SftTrainer:
         plan = actor.plan(samples, config.train.max_tokens_per_micro_batch)
         with timer("update_actor"):
             metrics = actor.forward_backward(samples, plan, self.objective)
-            update = actor.step()
+            update = take_step(actor, self.average)
         lengths = [float(sample.response_length) for sample in samples]
         scalars = {
             **{name: value.result() for name, value in metrics.items()},
@@ -53,7 +55,7 @@ class SftTrainer:
         return StepLog(scalars, {"response_length": lengths}, records)
 
     def roles(self) -> dict[str, Role]:
-        return {"actor": self.actor}
+        return {"actor": self.actor, **({} if self.average is None else {"average": self.average})}
 
     def state(self) -> dict[str, Any]:
         return {"source": self.source.state_dict()}

@@ -4,7 +4,7 @@ megatron-core can save them itself, by way of several copies of the whole on eve
 as they lie, and gathered only where data-parallel ranks share them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -21,6 +21,8 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_f
 
 MASTER, MOMENTS = "param", ("exp_avg", "exp_avg_sq")
 
+ShardOf = Callable[[Parameter], Tensor]  # this rank's elements of a parameter that it holds some of, flat
+
 
 class Shard(NamedTuple):
     """Elements `start` to `stop` of a flattened parameter: their float32 master weights and moments on this rank."""
@@ -34,20 +36,17 @@ class Shard(NamedTuple):
 def shards(optimizer: Any) -> Iterator[Shard]:
     """This rank's shards, in the order of the gradient buffers. Moments are made if there are none yet."""
     for part in optimizer.chained_optimizers:
-        for _, ranges in _buckets(part):
-            yield from _shards(part, ranges)
+        yield from _shards(part)
 
 
 def sharded_state(optimizer: Any, weights: dict[str, Any], group: dist.ProcessGroup, *, loading: bool) -> dict:
     """Moments (and master weights, where the weights are not float32) beside the sharded `weights`. Collective."""
-    extracted, _ = extract_sharded_tensors_and_factories(weights)
-    places = {place.data: place for place in nested_values(extracted)}
     state: dict[int, Any] = {}
     for number, part in enumerate(optimizer.chained_optimizers):
         state[number] = part.state_dict()
         state[number]["tensors"] = {
-            index: {name: _beside(places[parameter], name, tensor) for name, tensor in tensors.items()}
-            for index, (parameter, tensors) in enumerate(_wholes(part, group, loading=loading))
+            name: beside(part, weights, f"optimizer.{name}.", _held(part, name), group, loading=loading)
+            for name in _names(part)
         }
     return state
 
@@ -56,13 +55,51 @@ def load_state(optimizer: Any, state: dict[int, Any], group: dist.ProcessGroup) 
     """Takes back what `sharded_state` gave out, once it is loaded."""
     for number, part in enumerate(optimizer.chained_optimizers):
         loaded = state[number].pop("tensors")
-        order = [parameter for parameter, _ in _wholes(part, group, loading=True)]
-        held = {parameter: loaded[index] for index, parameter in enumerate(order)}
         part.load_state_dict(state[number])
-        for _, ranges in _buckets(part):
-            for parameter, start, stop, tensors in _shards(part, ranges):
-                for name in _names(part):
-                    tensors[name].copy_(held[parameter][name].view(-1)[start:stop])
+        for name in _names(part):
+            take(part, loaded[name], _held(part, name))
+
+
+def wholes(
+    part: Any, shard_of: ShardOf, group: dist.ProcessGroup, *, loading: bool = False
+) -> Iterator[tuple[Parameter, Tensor]]:
+    """Each parameter of a part of the optimizer with a tensor of its shape, which data-parallel ranks hold in shards.
+
+    Gathered bucket by bucket; `loading`: room for what is read. Collective.
+    """
+    for bucket, ranges in _buckets(part):
+        shared, gathered = group.size() > 1, None
+        if shared and not loading:
+            gathered = _gathered(bucket, ranges, shard_of, group)
+        for parameter, (start, stop) in bucket.param_to_index.items():
+            if not shared:
+                yield parameter, shard_of(parameter).view(parameter.shape)
+            elif gathered is None:
+                yield parameter, torch.empty(parameter.shape)
+            else:
+                yield parameter, gathered[start:stop].view(parameter.shape)
+
+
+def beside(
+    part: Any, weights: dict[str, Any], prefix: str, shard_of: ShardOf, group: dist.ProcessGroup, *, loading: bool
+) -> dict[int, Any]:
+    """The `wholes` as sharded tensors: placed as the sharded `weights`, and named after them. Collective."""
+    extracted, _ = extract_sharded_tensors_and_factories(weights)
+    places = {place.data: place for place in nested_values(extracted)}
+    found = {}
+    for index, (parameter, whole) in enumerate(wholes(part, shard_of, group, loading=loading)):
+        tensor, place = whole if group.size() == 1 else whole.cpu(), places[parameter]
+        fields = {"key": f"{prefix}{place.key}", "data": tensor}
+        found[index] = replace(place, **fields, **({"dtype": tensor.dtype} if hasattr(place, "dtype") else {}))
+    return found
+
+
+def take(part: Any, loaded: dict[int, Tensor], shard_of: ShardOf) -> None:
+    """This rank's shards of what `beside` gave out, once it is loaded."""
+    order = (parameter for bucket, _ in _buckets(part) for parameter in bucket.param_to_index)
+    held = {parameter: loaded[index] for index, parameter in enumerate(order)}
+    for parameter, start, stop, _ in _shards(part):
+        shard_of(parameter).copy_(held[parameter].view(-1)[start:stop])
 
 
 def _buckets(part: Any) -> Iterator[tuple[Any, Any]]:
@@ -73,10 +110,11 @@ def _buckets(part: Any) -> Iterator[tuple[Any, Any]]:
         yield from zip(buffer.buckets, ranges, strict=True)
 
 
-def _shards(part: Any, ranges: Any) -> Iterator[Shard]:
-    for parameter, where in ranges["param_map"].items():
-        tensors = part._get_main_param_and_optimizer_states(parameter)
-        yield Shard(parameter, where["param"].start, where["param"].end, tensors)
+def _shards(part: Any) -> Iterator[Shard]:
+    for _, ranges in _buckets(part):
+        for parameter, where in ranges["param_map"].items():
+            tensors = part._get_main_param_and_optimizer_states(parameter)
+            yield Shard(parameter, where["param"].start, where["param"].end, tensors)
 
 
 def _names(part: Any) -> tuple[str, ...]:
@@ -84,34 +122,15 @@ def _names(part: Any) -> tuple[str, ...]:
     return (MASTER, *MOMENTS) if part.config.bf16 else MOMENTS
 
 
-def _wholes(part: Any, group: dist.ProcessGroup, *, loading: bool) -> Iterator[tuple[Parameter, dict[str, Tensor]]]:
-    """Each parameter with its tensors in the parameter's shape: what there is, or room for what is loaded."""
-    names = _names(part)
-    for bucket, ranges in _buckets(part):
-        if group.size() == 1:
-            for parameter, _, _, tensors in _shards(part, ranges):
-                yield parameter, {name: tensors[name].view(parameter.shape) for name in names}
-            continue
-        gathered = {} if loading else {name: _gathered(part, bucket, ranges, name, group) for name in names}
-        for parameter, (start, stop) in bucket.param_to_index.items():
-            if loading:
-                yield parameter, {name: torch.empty(parameter.shape) for name in names}
-            else:
-                yield parameter, {name: gathered[name][start:stop].view(parameter.shape) for name in names}
+def _held(part: Any, name: str) -> ShardOf:
+    return lambda parameter: part._get_main_param_and_optimizer_states(parameter)[name]
 
 
-def _gathered(part: Any, bucket: Any, ranges: Any, name: str, group: dist.ProcessGroup) -> Tensor:
-    """One kind of tensor of a whole bucket, on the CPU of every data-parallel rank."""
+def _gathered(bucket: Any, ranges: Any, shard_of: ShardOf, group: dist.ProcessGroup) -> Tensor:
+    """One kind of tensor of a whole bucket, on every data-parallel rank."""
     whole = torch.zeros_like(bucket.grad_data, dtype=torch.float32)
     mine = whole.new_zeros(whole.numel() // group.size())
     for parameter, where in ranges["param_map"].items():
-        held = part._get_main_param_and_optimizer_states(parameter)[name]
-        mine[where["gbuf_local"].start : where["gbuf_local"].end] = held
+        mine[where["gbuf_local"].start : where["gbuf_local"].end] = shard_of(parameter)
     dist.all_gather_into_tensor(whole, mine, group=group)
-    return whole.cpu()
-
-
-def _beside(place: Any, name: str, tensor: Tensor) -> Any:
-    """The tensor, sharded as the weight that it belongs to."""
-    fields = {"key": f"optimizer.{name}.{place.key}", "data": tensor}
-    return replace(place, **fields, **({"dtype": tensor.dtype} if hasattr(place, "dtype") else {}))
+    return whole

@@ -120,7 +120,7 @@ class ModelWorker(ShardedModel):
 
     def sharded_state(self, *, loading: bool) -> dict[str, Any]:
         """Parameters and optimizer as megatron-core's sharded tensors, and the schedule."""
-        weights = self._sharded_weights()
+        weights = self.sharded_weights()
         return {
             **weights,
             "optimizer": adam_state.sharded_state(self.optimizer, weights, self.mesh.dp_group, loading=loading),

@@ -59,7 +59,7 @@ class ShardedModel:
 
     def load_checkpoint(self, path: Path) -> None:
         """Takes the actor's weights, and nothing else, from a checkpoint. Collective."""
-        self._load_weights(load_weights(path, "actor", self.identity(), self._sharded_weights()))
+        self._load_weights(load_weights(path, "actor", self.identity(), self.sharded_weights()))
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with."""
@@ -75,7 +75,7 @@ class ShardedModel:
             "dp_cp_group": self.mesh.dp_group,
         }
 
-    def _sharded_weights(self) -> dict[str, Any]:
+    def sharded_weights(self) -> dict[str, Any]:
         """Without the `_extra_state` of layers: only fp8 has any, and which layers have it depends on their library."""
         metadata = self._metadata()
         trees = {name: model.sharded_state_dict(metadata=metadata) for name, model in zip(self._names(), self.models)}
@@ -87,7 +87,7 @@ class ShardedModel:
 
     def sharded_state(self, *, loading: bool) -> dict[str, Any]:
         """The weights as megatron-core's sharded tensors, which reshard."""
-        return {**self._sharded_weights(), "version": self.version}
+        return {**self.sharded_weights(), "version": self.version}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Takes back what `sharded_state` gave out."""

@@ -1,7 +1,6 @@
 """Self-distillation on a whole model: the loss and every gradient are the same however the two passes are cut."""
 
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import pytest

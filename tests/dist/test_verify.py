@@ -29,6 +29,8 @@ CASES = {
             *("rollout_correction.level=token", "rollout_correction.opsm_delta=0.01"),
         ],
     ),
+    "sdpo": ("sdpo", "qwen3", ["distill.topk=20", "teacher.mode=trust_region", "teacher.rate=0.3"]),
+    "sdpo_full": ("sdpo", "qwen2", ["distill.support=full", "distill.alpha=1", "distill.is_clip=null"]),
     "gspo": ("grpo", "qwen3", ["algorithm.name=gspo", "algorithm.clip_high=0.3", "algorithm.clip_low=0.3"]),
 }
 
