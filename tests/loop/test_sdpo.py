@@ -1,0 +1,133 @@
+"""Self-distillation, small: the teacher is there, moves and survives; nothing to learn from changes nothing."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.dist.pool import Pool
+from tests.loop.test_trainers import comparable, steps, train
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "examples" / "sdpo"
+CONFIG = str(EXAMPLE / "sibling.yaml")
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The example's task with its model before any training, which is now and then right by guessing one digit."""
+    import importlib.util
+
+    sys.path.insert(0, str(EXAMPLE))  # the task imports its reward
+    spec = importlib.util.spec_from_file_location("sdpo_task", EXAMPLE / "task.py")
+    assert spec is not None and spec.loader is not None
+    task = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(task)
+    place = tmp_path_factory.mktemp("sdpo")
+    task.make_tokenizer(place / "base")
+    task.make_model(place / "base", 1)
+    task.make_data(place / "data", 1)
+    (place / "judge.py").write_text(JUDGE)
+    return [
+        f"model.path={place}/base",
+        f"data.train={place}/data/train.jsonl",
+        f"data.val={place}/data/heldout.jsonl",
+        f"reward.name={place}/judge.py:judge",
+        "reprompt.feedback=without_solution",
+        "train.steps=4",
+        "train.batch_size=8",
+        "train.mini_batches_per_step=2",
+        "rollout.group_size=4",
+        "teacher.rate=0.3",
+        "eval.every=0",
+        "eval.limit=8",
+    ]
+
+
+JUDGE = '''
+from megatron_rl.types import Reward
+
+def judge(prompt, rollout, never=False):
+    """A success for some, feedback for others, nothing for the rest."""
+    kind = (prompt.index + sum(rollout.token_ids)) % 3
+    if never or kind == 2:
+        return Reward(value=0.0)
+    return Reward(value=float(kind == 0), feedback="odd: wrong ones" if kind == 1 else None)
+'''
+
+
+def run(pool: Pool, options: list[str], directory: Path, *more: str) -> list[dict[str, Any]]:
+    pool.run(train, 2, str(ROOT), CONFIG, [*options, *more, f"run.dir={directory}"])
+    return steps(directory)
+
+
+def test_the_teacher_moves_and_is_measured(pool: Pool, options: list[str], tmp_path: Path) -> None:
+    rows = run(pool, options, tmp_path / "run", "parallel.tp=2", "teacher.every=step")
+    for row in rows[1:]:
+        assert 0 < row["self_distillation/target_fraction"] <= 1 and row["actor/skipped"] == 0
+        assert row["self_distillation/empty_target_batch"] == 0 and row["actor/grad_norm"] > 0
+        assert 0 < row["self_distillation/feedback_used_fraction"] < 1
+        assert 0 < row["self_distillation/success_sample_fraction"] < 1
+        # The list of 100 of 102 ids holds almost everything.
+        assert 0.97 < row["self_distillation/student_topk_mass"] <= 1 + 1e-6
+        assert row["teacher/decay"] == pytest.approx(0.7)
+        assert {"timing_s/reprompt", "self_distillation/agreement", "actor/entropy"} <= set(row)
+    assert [row["teacher/updates"] for row in rows[1:]] == [2, 4, 6, 8]
+    assert (tmp_path / "run" / "hf_average" / "model.safetensors").exists()
+    assert "val_average/accuracy" in rows[-1]
+
+
+def test_a_batch_without_targets_changes_nothing(pool: Pool, options: list[str], tmp_path: Path) -> None:
+    """No answer succeeds and none has feedback: neither weights, moments, schedule nor teacher move."""
+    from safetensors.torch import load_file
+
+    never = ["reward.options.never=true", "train.steps=2", "parallel.pp=2", "optim.weight_decay=0.1"]
+    for row in run(pool, options, tmp_path / "run", *never)[1:]:
+        assert row["self_distillation/empty_target_batch"] == 2 and row["self_distillation/target_fraction"] == 0
+        assert "actor/grad_norm" not in row and "teacher/updates" not in row
+    before = load_file(
+        next(Path(o.partition("=")[2]) for o in options if o.startswith("model.path")) / "model.safetensors"
+    )
+    for name in ("hf", "hf_average"):
+        after = load_file(tmp_path / "run" / name / "model.safetensors")
+        assert all(torch.equal(after[key], value) for key, value in before.items() if key in after), name
+
+
+@pytest.mark.parametrize(
+    ("layout", "more"),
+    [
+        ("parallel.tp=2", ["teacher.mode=trust_region", "distill.support=teacher"]),
+        ("parallel.pp=2", ["teacher.mode=frozen", "distill.loss=sampled_token", "distill.alpha=1"]),
+        ("parallel.dp=2", ["teacher.mode=live", "distill.support=full", "rollout_correction.level=token"]),
+        ("parallel.dp=2", ["teacher.schedule=warmup", "teacher.every=step", "reprompt.choice=random"]),
+    ],
+)
+def test_a_continued_run_is_the_uninterrupted_one(
+    pool: Pool, options: list[str], tmp_path: Path, layout: str, more: list[str]
+) -> None:
+    """Every kind of teacher; each survives a checkpoint bit by bit."""
+    whole = run(pool, options, tmp_path / "whole", layout, *more)
+    run(pool, options, tmp_path / "parts", layout, *more, "run.stop_after=2")
+    parts = run(pool, options, tmp_path / "parts", layout, *more)
+    for expected, found in zip(whole, parts, strict=True):
+        assert comparable(found) == comparable(expected)
+    a, b = ((tmp_path / name / "hf" / "model.safetensors").read_bytes() for name in ("whole", "parts"))
+    assert a == b
+
+
+@pytest.mark.parametrize(
+    ("layout", "phase"), [("tp2", "backward"), pytest.param("pp2", "optimizer", marks=pytest.mark.full)]
+)
+def test_a_killed_run_goes_on_with_its_teacher(options: list[str], tmp_path: Path, layout: str, phase: str) -> None:
+    sys.path.insert(0, str(ROOT / "tools"))
+    import kill_matrix
+
+    chosen = [*options, *kill_matrix.LAYOUTS[layout], "checkpoint.every=2"]
+    whole = tmp_path / "whole"
+    assert kill_matrix.train(CONFIG, [*chosen, f"run.dir={whole}"], tmp_path / "log") == [0, 0]
+    kill = kill_matrix.Kill(phase, 3, 0.0, "1")
+    assert kill_matrix.attempt(CONFIG, chosen, kill, whole, tmp_path / "killed") == (2, True)
+    a, b = ((path / "hf_average" / "model.safetensors").read_bytes() for path in (whole, tmp_path / "killed"))
+    assert a == b
