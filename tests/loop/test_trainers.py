@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.dist.pool import Pool
 
@@ -139,7 +140,7 @@ OPTION_NAMES = {
     [
         ("parallel.tp=2", "kl.where=loss"),
         ("parallel.pp=2", "kl.where=reward"),
-        ("parallel.dp=2", "train.epochs_per_step=2"),
+        ("parallel.dp=2", "average.enabled=true"),
     ],
 )
 def test_a_continued_grpo_run_is_the_uninterrupted_one(
@@ -153,6 +154,7 @@ def test_a_continued_grpo_run_is_the_uninterrupted_one(
     options = [
         layout,
         option,
+        "train.epochs_per_step=2" if layout == "parallel.dp=2" else "train.epochs_per_step=1",
         "train.steps=4",
         "train.batch_size=8",
         "train.mini_batches_per_step=2",
@@ -182,8 +184,29 @@ def test_a_continued_grpo_run_is_the_uninterrupted_one(
     assert report["weights"].endswith("step_00000004") and len(report["answers"]) == 20
     for name, value in report["metrics"].items():
         assert value == whole[4][name], name
-    a, b = ((tmp_path / name / "hf" / "model.safetensors").read_bytes() for name in ("whole", "parts"))
-    assert a == b
+    averaged = option == "average.enabled=true"
+    for folder in ("hf", "hf_average") if averaged else ("hf",):
+        a, b = ((tmp_path / name / folder / "model.safetensors").read_bytes() for name in ("whole", "parts"))
+        assert a == b
+    assert ("val_average/pass@4" in whole[2]) == (tmp_path / "whole" / "hf_average").is_dir() == averaged
+    if averaged:
+        check_average(place, tmp_path / "whole")
+
+
+def check_average(place: Path, run: Path) -> None:
+    """It begins as the weights, goes its own way, and what was evaluated and saved is what was exported."""
+    from megatron_rl.checkpoint.store import read_state
+
+    rows = steps(run)
+    for name in ("accuracy", "response_length", "truncated", "pass@1", "pass@4"):
+        assert rows[0][f"val_average/{name}"] == rows[0][f"val/{name}"]
+    weights, average = (load_file(run / folder / "model.safetensors") for folder in ("hf", "hf_average"))
+    assert weights.keys() == average.keys()
+    assert all(not torch.equal(weights[name], average[name]) for name in weights)
+    held_out = place / "runs" / "quickstart" / "data" / "heldout.jsonl"
+    found = greedy_accuracy(run / "hf_average", held_out, 20)
+    assert found == pytest.approx(rows[-1]["val_average/accuracy"], abs=1e-9)
+    assert set(read_state(run / "checkpoints" / "step_00000004")["models"]) == {"actor", "average"}
 
 
 def test_layouts_take_the_same_steps(pool: Pool, place: Path, warm_start: Path, tmp_path: Path) -> None:
