@@ -12,18 +12,20 @@ import megatron_rl
 from megatron_rl.config.rules import Config
 from megatron_rl.parallel import device
 from megatron_rl.parallel.mesh import Mesh
+from megatron_rl.workers.average import WeightAverage
 from megatron_rl.workers.model_worker import ModelWorker
 
 GIB = 2**30
 NEEDED = ("torch", "megatron-core", "transformers")
 
 
-def banner(config: Config, mesh: Mesh, actor: ModelWorker, done: int) -> str:
+def banner(config: Config, mesh: Mesh, actor: ModelWorker, average: WeightAverage | None, done: int) -> str:
     """One block of lines. `done`: steps that an earlier process has done."""
     parallel = config.parallel
     cuts = f"tp={mesh.tp_size} pp={mesh.pp_size} vpp={mesh.vpp_size} dp={mesh.dp_size}"
     ways = [name for name in ("sequence_parallel", "recompute") if getattr(parallel, name)]
     used, total, place = _memory()
+    kept = "" if average is None else f"average {average.state_bytes() / GIB:.3f} GiB; "
     lines = {
         "megatron_rl": f"{megatron_rl.__version__}, trainer {config.trainer}; "
         + (f"continues after step {done}" if done else "starts"),
@@ -36,7 +38,7 @@ def banner(config: Config, mesh: Mesh, actor: ModelWorker, done: int) -> str:
         "layout": f"{', '.join([cuts, *ways])}; {mesh.world_size} process(es)",
         "model": f"{actor.num_parameters:,} parameters, {config.model.dtype.value}, {config.model.path} "
         f"({config.model.weights})",
-        "memory": f"weights, gradients and optimizer {actor.state_bytes() / GIB:.3f} GiB on this rank; "
+        "memory": f"weights, gradients and optimizer {actor.state_bytes() / GIB:.3f} GiB on this rank; {kept}"
         f"{used / GIB:.1f} of {total / GIB:.1f} GiB in use on {place}",
         "run directory": str(Path(config.run.dir)),
     }

@@ -111,7 +111,7 @@ class Run:
                 wandb=self.config.log.wandb,
                 config=as_dict(self.config),
             )
-            print(banner(self.config, self.mesh, self.trainer.actor, done), flush=True)
+            print(banner(self.config, self.mesh, self.trainer.actor, self.trainer.average, done), flush=True)
             for difference in self.differences:
                 print(f"{'changed':<14} {difference}", flush=True)
         try:

@@ -126,17 +126,18 @@ def test_in_bfloat16_it_moves_by_less_than_a_weight_can(pool: Pool, model: str, 
     world, options = LAYOUTS[layout]
     for history, wide, average, narrow in pool.run(follow_in_bfloat16, world, model, options):
         expected = averaged_by_hand(wide, [0.9] * 4)
-        still = moved = elements = 0
+        moved = elements = 0
         for name, value in average.items():
             assert (value - expected[name]).abs().max() < 5e-7, name
             assert torch.equal(narrow[name], value.bfloat16()) and narrow[name].dtype == torch.bfloat16, name
             for weights, masters in zip(history, wide, strict=True):
                 assert torch.equal(weights[name], masters[name].bfloat16()), name
-            held = history[0][name] == history[-1][name]
-            still += int(held.sum())
-            moved += int((held & (value != wide[0][name])).sum())
-            elements += value.numel()
-        assert still > 0.95 * elements and moved > 0.5 * elements
+            # Half of what separates a bfloat16 of 2^-5 from the next smaller one is 6e-5: more than four steps of 1e-5.
+            large = history[0][name].abs() >= 2**-5
+            assert torch.equal(history[0][name][large], history[-1][name][large]), name
+            moved += int((value != wide[0][name])[large].sum())
+            elements += int(large.sum())
+        assert moved > 0.5 * elements > 0, (moved, elements)
 
 
 def freeze_and_follow(model: str) -> tuple[dict, dict]:
@@ -183,15 +184,14 @@ def skip_between(model: str) -> tuple[list, dict, dict]:
     worker = make_worker(model, {"tp": 2}, **OPTIM)
     average = WeightAverage(worker, lambda _: 0.5)
     samples = make_samples("token-mean")
-    counts, weights = [], []
+    counts, weights = [], [weights_of(worker)]
     for poison in (False, True, False):
         worker.forward_backward(samples, worker.plan(samples, 48), objective("grpo"))
         if poison and dist.get_rank() == 1:
             worker.models[0].decoder.final_layernorm.weight.main_grad[3] = torch.nan
         counts.append((take_step(worker, average).applied, average.num_updates))
         weights.append(weights_of(worker))
-    start = weights_of(make_worker(model, {"tp": 2}, **OPTIM))
-    return counts, averaged_by_hand([start, weights[0], weights[2]], [0.5, 0.5]), exported(average)
+    return counts, averaged_by_hand([weights[0], weights[1], weights[3]], [0.5, 0.5]), exported(average)
 
 
 def test_a_skipped_step_is_no_update(pool: Pool, model: str) -> None:
