@@ -50,7 +50,12 @@ def prepared(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, list[
     return str(config), overrides, str(tmp_path / "tiny")
 
 
-@pytest.mark.parametrize("prepared", CASES, indirect=True)
+# One config per trainer each time; every loss is cut in test_invariance and test_distillation as well.
+SHORT = ("sft", "grpo", "sdpo")
+MARKED = [case if case in SHORT else pytest.param(case, marks=pytest.mark.full) for case in CASES]
+
+
+@pytest.mark.parametrize("prepared", MARKED, indirect=True)
 def test_every_cut_agrees(pool: Pool, prepared: tuple[str, list[str], str]) -> None:
     reference = Cut(name="reference", max_tokens=verify.WIDE)
     expected = pool.run(measure, 1, *prepared, reference)[0]
