@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl.config.schema import AverageConfig, AverageSchedule
+from megatron_rl.config.average import AverageConfig, AverageSchedule
 from megatron_rl.ops.ema import decay
 from megatron_rl.workers.average import decay_of
 
