@@ -203,7 +203,7 @@ def test_a_skipped_step_is_no_update(pool: Pool, model: str) -> None:
 
 def save_and_go_on(model: str, layout: dict, directory: str, load: str | None) -> tuple:
     """Four updates on the warm-up schedule (or what `load` holds), a save, two more; decays, averages at both."""
-    from megatron_rl.config.schema import AverageConfig, AverageSchedule
+    from megatron_rl.config.average import AverageConfig, AverageSchedule
     from megatron_rl.workers.average import WeightAverage, decay_of
 
     worker = make_worker(model, layout, **OPTIM)
