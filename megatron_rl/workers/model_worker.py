@@ -30,6 +30,9 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+# Of a group of the optimizer's parameters, what the config says.
+GROUP_OPTIONS = ("max_lr", "min_lr", "betas", "eps", "weight_decay")
+
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
@@ -139,7 +142,11 @@ class ModelWorker(ShardedModel):
 
     def load_state(self, state: dict[str, Any]) -> None:
         super().load_state(state)
+        # Rates and betas are the config's to say, also where the checkpoint was written with others.
+        options = [{k: v for k, v in group.items() if k in GROUP_OPTIONS} for group in self.optimizer.param_groups]
         adam_state.load_state(self.optimizer, state["optimizer"], self.mesh.dp_group)
+        for group, own in zip(self.optimizer.param_groups, options, strict=True):
+            group.update(own)
         # megatron-core adds the saved count to the present one.
         self.scheduler.num_steps = 0
         self.scheduler.load_state_dict(state["scheduler"])
@@ -204,6 +211,8 @@ def _scheduler(optimizer: Any, optim: OptimConfig, total_steps: int) -> Optimize
         end_wd=optim.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )
     # megatron-core gives the first step of a warm-up a rate of zero; counting from one does not waste it.
     scheduler.step(increment=1)

@@ -224,6 +224,27 @@ def test_a_failed_save_is_told_on_every_rank_and_costs_nothing(pool: Pool, model
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000001"]
 
 
+def rates_of(model: str, directory: str, save: bool, optim: dict) -> tuple[list, list]:
+    """Rates of two steps, and the betas, of a run that begins, or of one that goes on with other options."""
+    from megatron_rl.config.schema import Schedule
+
+    worker = make_worker(model, {"tp": 2}, schedule=Schedule.linear, **optim)
+    if not save:
+        store(directory).load(Path(directory) / "step_00000002", {"actor": worker})
+    rates = [update(worker)[2] for _ in range(2)]
+    if save:
+        store(directory).save(2, {"actor": worker}, {})
+    return rates, [group["betas"] for group in worker.optimizer.param_groups]
+
+
+def test_options_are_the_configs_not_the_checkpoints(pool: Pool, model: str, tmp_path: Path) -> None:
+    """From the rate to 0 in ten steps, counted from one."""
+    for rates, betas in pool.run(rates_of, 2, model, str(tmp_path), True, {"lr": 1e-3}):
+        assert rates == pytest.approx([9e-4, 8e-4]) and set(betas) == {(0.9, 0.999)}
+    for rates, betas in pool.run(rates_of, 2, model, str(tmp_path), False, {"lr": 3e-3, "beta2": 0.9}):
+        assert rates == pytest.approx([3e-3 * 0.7, 3e-3 * 0.6]) and set(betas) == {(0.9, 0.9)}
+
+
 def save_in_background(model: str, directory: str) -> tuple[dict, dict, list[str | None]]:
     """Training goes on while a checkpoint is written; the weights at the save, those loaded, and `latest` meanwhile."""
     worker = make_worker(model, {"tp": 2}, **OPTIM)
