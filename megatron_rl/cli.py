@@ -68,7 +68,7 @@ def look(loaded: Loaded, verb: str) -> None:
     # Imported late: a mistake in the config itself is reported without waiting for torch.
     from megatron_rl.trainers.preflight import describe, preflight
 
-    findings = preflight(loaded.config)
+    findings = preflight(loaded.config, trains=verb != "eval")
     for warning in findings.warnings:
         print(f"megatron-rl: warning: {warning}", file=sys.stderr)
     if verb == "eval" and not findings.held_out_rows:

@@ -21,7 +21,7 @@ from torch import Tensor
 Gradient = Literal["full", "current", "straight_through"]
 Init = Literal["one", "first"]
 
-_EPSILON = 1e-8  # of the denominators, and what the variance of a sequence must exceed
+EPSILON = 1e-8  # of the denominators, and what the variance of a sequence must exceed
 _PREFIX = "ema"
 
 
@@ -182,14 +182,14 @@ def _reductions(raw: Tensor, smooth: Tensor) -> dict[str, float]:
     (raw_low, raw_high), (low, high) = _quantiles(raw, 0.05, 0.95), _quantiles(smooth, 0.05, 0.95)
     raw_range, smooth_range = raw_high - raw_low, high - low
     return {
-        "variance_reduction_ratio": of_raw / (of_smooth + _EPSILON),
+        "variance_reduction_ratio": of_raw / (of_smooth + EPSILON),
         "variance_reduction_absolute": of_raw - of_smooth,
-        "smoothing_strength": 1 - of_smooth / (of_raw + _EPSILON),
+        "smoothing_strength": 1 - of_smooth / (of_raw + EPSILON),
         "raw_weights_p05": raw_low,
         "raw_weights_p95": raw_high,
         "smoothed_weights_p05": low,
         "smoothed_weights_p95": high,
-        "range_reduction": (raw_range - smooth_range) / (raw_range + _EPSILON),
+        "range_reduction": (raw_range - smooth_range) / (raw_range + EPSILON),
     }
 
 
@@ -204,7 +204,7 @@ def _quantiles(values: Tensor, *levels: float) -> list[float]:
 def _differences(raw: Tensor, smooth: Tensor) -> dict[str, float]:
     size = (raw - smooth).abs()
     l2, l1, count = size.square().sum().item() ** 0.5, size.sum().item(), size.numel()
-    relative = size / (raw.abs() + _EPSILON)
+    relative = size / (raw.abs() + EPSILON)
     return {
         "weights_diff_l2": l2,
         "weights_diff_l1": l1,
@@ -231,7 +231,7 @@ def _over_sequences(raw: Tensor, smooth: Tensor, of_sequence: Tensor, num_sequen
     of_raw, of_smooth = variance(raw), variance(smooth)
     figures = {"avg_smoothing_effect": total((raw - smooth).square()).sqrt().mean().item()}
     # The variance of a single token is 0 here, so that it is left out.
-    varied = of_raw > _EPSILON
+    varied = of_raw > EPSILON
     if varied.any():
         figures["avg_variance_reduction"] = ((of_raw - of_smooth) / of_raw)[varied].mean().item()
     return figures

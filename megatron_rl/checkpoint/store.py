@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 import megatron_rl.parallel.device  # noqa: F401  (installs the CPU backend before megatron-core)
@@ -129,7 +129,8 @@ class CheckpointStore:
             with together(f"writing {final}"):
                 if first:
                     (partial / STATE).write_text(json.dumps(state, indent=1) + "\n")
-                    save_file(generators, partial / GENERATORS)
+                    # Not by save_file, whose error on a full disk is of a kind of its own.
+                    (partial / GENERATORS).write_bytes(save(generators))
                     rest = [name for name in files_of(partial) if name not in entries]
                     write_manifest(partial, entries | measure(partial, rest))
                     _sync_tree(partial)

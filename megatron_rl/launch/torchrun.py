@@ -104,7 +104,7 @@ class Messenger(StopRequest):
         return {rank: place for rank, (_, place) in self.notes().items()}
 
     def kill(self) -> None:
-        """Ends what is left of the ranks: each leads a process group, with the helpers of a checkpoint in it."""
+        """Ends what is left of the ranks, each of which leads a process group."""
         for pid, _ in self.notes().values():
             with suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)

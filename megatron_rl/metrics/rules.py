@@ -35,8 +35,8 @@ class Rule:
     `patience` is the number of steps in a row on which the condition must hold. `floor` is the least threshold that
     `above_median` and `above_start` come to. `scale` names the figure that measures a `fall`. With `unless` (a figure
     and a value) the rule keeps silent while that figure is at least the value. With `keep_samples` the step's samples
-    are written beside the alarm. `option` names the option that sets
-    the limit or the patience, where it has one of its own.
+    are written beside the alarm. `option` names the option that sets the limit or the patience, where it has one of its
+    own.
     """
 
     name: str

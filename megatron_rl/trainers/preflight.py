@@ -6,6 +6,7 @@ it saw.
 
 import importlib.util
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -25,7 +26,7 @@ from megatron_rl.rewards.reasoning import check_task
 from megatron_rl.trainers.correction import read_criteria
 from megatron_rl.trainers.data import held_out_prompts, train_examples, train_prompts
 from megatron_rl.trainers.guards import rules_of
-from megatron_rl.trainers.resume import latest_checkpoint
+from megatron_rl.trainers.resume import checkpoint_to_continue, latest_checkpoint
 from megatron_rl.trainers.sdpo import reprompt_options
 
 
@@ -40,14 +41,17 @@ class Findings:
     warnings: list[str]
 
 
-def preflight(config: Config) -> Findings:
-    """Raises ValueError, in the terms of the config, on what would stop the run; starts no rank and reads no weight."""
+def preflight(config: Config, *, trains: bool = True) -> Findings:
+    """Raises ValueError, in the terms of the config, on what would stop the run; starts no rank and reads no weight.
+
+    What only `trains` may not change since its checkpoint, an evaluation may.
+    """
     parallel = config.parallel
     if config.log.wandb is not None and importlib.util.find_spec("wandb") is None:
         raise ValueError(f"log.wandb={config.log.wandb!r} needs wandb: pip install wandb, or remove log.wandb")
     shape = load_shape(config.model.path)
     check_layout(shape, tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp)
-    _check_weights(config, shape)
+    _check_weights(config, shape, checkpoint_to_continue(config) if trains else latest_checkpoint(config))
     rules_of(config)
     tokenizer = load_tokenizer(config.model.path)
     _check_vocabulary(tokenizer, shape)
@@ -90,7 +94,7 @@ def _warnings(config: Config) -> list[str]:
     return found
 
 
-def _check_weights(config: Config, shape: ModelShape) -> None:
+def _check_weights(config: Config, shape: ModelShape, latest: Path | None) -> None:
     """The weights to start from, and the checkpoint that the run would continue from, are of this model."""
     if config.model.weights == PRETRAINED:
         names = WeightMap(shape.family.rules, num_layers=shape.num_layers, tied=shape.tied).hf_names()
@@ -99,7 +103,6 @@ def _check_weights(config: Config, shape: ModelShape) -> None:
         reader.check_shapes(tensor_shapes(config.model.path))
     elif config.model.weights != RANDOM:
         check_model(find_checkpoint(config.model.weights), "actor", shape.identity())
-    latest = latest_checkpoint(config)
     if latest is not None:
         check_model(latest, "actor", shape.identity())
 

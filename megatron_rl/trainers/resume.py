@@ -61,10 +61,7 @@ def checkpoint_store(config: Config) -> CheckpointStore:
 
 
 def latest_checkpoint(config: Config) -> Path | None:
-    """The checkpoint that the run continues from, if there is one and it may.
-
-    Refused where another trainer wrote it, or where it would not be the same run any more.
-    """
+    """The newest state of the run, if there is one; refused where another trainer wrote it."""
     path = checkpoint_store(config).latest() if config.run.resume else None
     if path is None and config.checkpoint.load is not None:
         path = find_checkpoint(config.checkpoint.load, "checkpoint.load")
@@ -76,6 +73,14 @@ def latest_checkpoint(config: Config) -> Path | None:
             f"{path} is of trainer {trainer!r}, not {config.trainer!r}: name another run.dir or checkpoint.load, or "
             "start over with run.resume=false"
         )
+    return path
+
+
+def checkpoint_to_continue(config: Config) -> Path | None:
+    """The same, for a run that goes on; refused where it would not be the same run any more."""
+    path = latest_checkpoint(config)
+    if path is None:
+        return None
     changed = [str(change) for change in changes(path, config) if change.mathematical]
     if changed and not config.run.allow_changes:
         raise ValueError(

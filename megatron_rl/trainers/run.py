@@ -30,7 +30,7 @@ from megatron_rl.trainers.data import held_out_prompts
 from megatron_rl.trainers.evaluate import Evaluator
 from megatron_rl.trainers.guards import Guards
 from megatron_rl.trainers.parts import Parts
-from megatron_rl.trainers.resume import checkpoint_store, differences, latest_checkpoint, origin
+from megatron_rl.trainers.resume import checkpoint_store, checkpoint_to_continue, differences, origin
 from megatron_rl.types import RolloutGroup
 from megatron_rl.workers.average import WeightAverage
 from megatron_rl.workers.model_worker import ModelWorker
@@ -183,7 +183,7 @@ class Run:
 
     def _resume(self) -> int:
         """The last step that is already done."""
-        path = latest_checkpoint(self.config)
+        path = checkpoint_to_continue(self.config)
         if path is None:
             return 0
         self.differences = differences(path, self.config)

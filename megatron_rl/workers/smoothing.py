@@ -10,12 +10,12 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_rl.algorithms.ema_weights import Gradient, StepAverages, raw_metrics, smoothing_metrics, with_gradient
+from megatron_rl.algorithms.ema_weights import EPSILON, Gradient, StepAverages, raw_metrics, smoothing_metrics, with_gradient
 from megatron_rl.data.collate import MicroBatch
 from megatron_rl.ops.scan import Init, exponential_average
 
 Axis = Literal["none", "token", "step"]
-# Of no meaning on the policy itself, where every weight is one.
+# Of no meaning on the policy itself, where every weight is one but for rounding.
 RATIOS = ("ema/variance_reduction_ratio", "ema/smoothing_strength", "ema/range_reduction")
 
 
@@ -67,7 +67,7 @@ class Smoother:
     def metrics(self, records: Sequence[Record], states: int) -> dict[str, float]:
         """`ema/*` over the records of all ranks, which hold averages of so many samples on the step axis.
 
-        There are no ratios of variances where the weights do not vary.
+        There are no ratios of variances where the weights vary by no more than the e that steadies the ratios.
         """
         if not records:
             return {}
@@ -76,5 +76,5 @@ class Smoother:
             return raw_metrics(raw)
         held = states if self.axis == "step" else None
         figures = smoothing_metrics(raw, smoothed, names, beta=self.beta, states=held)
-        varies = figures["ema/raw_weights_variance"] > 0
+        varies = figures["ema/raw_weights_variance"] > EPSILON
         return {name: value for name, value in figures.items() if varies or name not in RATIOS}

@@ -38,7 +38,7 @@ def _serve(rank: int, port: int, pipe: Connection) -> None:
 
     from megatron_rl.parallel.mesh import destroy_mesh
 
-    os.setpgid(0, 0)  # megatron-core's checkpoint writer forks helpers, which must not outlive this process
+    os.setpgid(0, 0)  # what a job starts must not outlive this process
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port)
     while True:

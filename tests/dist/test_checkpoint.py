@@ -316,10 +316,48 @@ def test_every_generator_of_every_rank_goes_on(pool: Pool, model: str, tmp_path:
     assert all(a != b for a, b in zip(first, other)) and first[-1] != second[-1]
 
 
+class WithMore:
+    """The worker as a role that has one tensor more."""
+
+    def __init__(self, worker: Any) -> None:
+        self.identity, self.load_state, self._state = worker.identity, worker.load_state, worker.sharded_state
+
+    def sharded_state(self, *, loading: bool) -> dict[str, Any]:
+        import torch.distributed as dist
+        from megatron.core.dist_checkpointing import ShardedTensor
+
+        more = ShardedTensor.from_rank_offsets("more.weight", torch.ones(3), replica_id=dist.get_rank())
+        return {**self._state(loading=loading), "more": more}
+
+
+def load_with_other_tensors(model: str, directory: str) -> list[str]:
+    """What is said where the run lacks a tensor of the checkpoint, the checkpoint one of the run, or a whole role."""
+    worker = make_worker(model, {"tp": 2}, **OPTIM)
+    more, said = WithMore(worker), []
+    path = Path(directory) / "step_00000001"
+    for saved, loaded in (({"actor": more}, {"actor": worker}), ({"actor": worker}, {"actor": more})):
+        store(directory).save(1, saved, {})
+        with pytest.raises(RunError) as caught:
+            store(directory).load(path, loaded)
+        said.append(str(caught.value))
+    with pytest.raises(RunError) as caught:
+        store(directory).load(path, {"actor": worker, "reference": worker})
+    said.append(str(caught.value))
+    return said
+
+
+def test_a_tensor_or_a_role_absent_on_either_side_is_named(pool: Pool, model: str, tmp_path: Path) -> None:
+    for lacks, extra, roles in pool.run(load_with_other_tensors, 2, model, str(tmp_path)):
+        for said in (lacks, extra):
+            assert f"the checkpoint {tmp_path}/step_00000001 does not fit this run" in said
+            assert "actor.more.weight" in said
+        assert roles.endswith("step_00000001 holds actor, and this run actor, reference")
+
+
 def test_another_run_is_refused_and_changes_are_listed(tmp_path: Path) -> None:
     from megatron_rl.checkpoint.manifest import files_of, measure, write_manifest
     from megatron_rl.config.load import load_config
-    from megatron_rl.trainers.resume import differences, latest_checkpoint, origin
+    from megatron_rl.trainers.resume import checkpoint_to_continue, differences, latest_checkpoint, origin
 
     quickstart = Path(__file__).parents[2] / "examples" / "quickstart" / "grpo.yaml"
 
@@ -334,21 +372,22 @@ def test_another_run_is_refused_and_changes_are_listed(tmp_path: Path) -> None:
     (path.parent / "latest").write_text(path.name)
 
     free = ["parallel.tp=2", "checkpoint.every=3", "rollout.max_sequences=3", "eval.every=7", "log.histograms_every=1"]
-    assert latest_checkpoint(config(*free)) == path
+    assert checkpoint_to_continue(config(*free)) == path
     assert "parallel.tp: 1 -> 2" in differences(path, config(*free))
     for changed in ("optim.lr=1", "algorithm.clip_low=0.1", "train.batch_size=32", "rollout.temperature=0.5"):
         key, _, value = changed.partition("=")
         with pytest.raises(ValueError, match=f"{key}: .* -> {value}.*run.allow_changes=true"):
-            latest_checkpoint(config(changed))
-        assert latest_checkpoint(config(changed, "run.allow_changes=true")) == path
+            checkpoint_to_continue(config(changed))
+        assert checkpoint_to_continue(config(changed, "run.allow_changes=true")) == path
+        assert latest_checkpoint(config(changed)) == path  # as an evaluation asks
     # The learning rate's schedule depends on the number of steps, unless it is constant.
     with pytest.raises(ValueError, match=r"train\.steps"):
-        latest_checkpoint(config("train.steps=99", "optim.schedule=linear"))
+        checkpoint_to_continue(config("train.steps=99", "optim.schedule=linear"))
     constant = json.loads((path / "state.json").read_text())
     constant["config"]["optim"]["schedule"] = "constant"
     (path / "state.json").write_text(json.dumps(constant))
     write_manifest(path, measure(path, files_of(path)))
-    assert latest_checkpoint(config("train.steps=99", "optim.schedule=constant")) == path
+    assert checkpoint_to_continue(config("train.steps=99", "optim.schedule=constant")) == path
     # A checkpoint elsewhere, by its own path or its run's; one's own comes first; none is an error.
     elsewhere = "optim.schedule=constant", f"run.dir={tmp_path}/other"
     assert latest_checkpoint(config(*elsewhere)) is None

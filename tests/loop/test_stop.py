@@ -36,10 +36,10 @@ def train_with(fault: Callable[[], object], at: int, cwd: str, overrides: list[s
         meet(number)
         return whole_step(self, number, timer)
 
-    def evaluation(self, number):
+    def evaluation(self, number, *model, **named):
         if number == 0:
             meet(0)
-        return whole_evaluation(self, number)
+        return whole_evaluation(self, number, *model, **named)
 
     SftTrainer.step, Evaluator.__call__ = step, evaluation
     try:

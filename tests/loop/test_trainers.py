@@ -1,5 +1,7 @@
 """Whole runs, small: they learn, log, stop and continue, survive bad rewards, and export what they say they did."""
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -180,7 +182,8 @@ def test_a_continued_grpo_run_is_the_uninterrupted_one(
     assert whole[1]["actor/ratio_max"] > 1 and whole[4]["actor/lr"] < whole[1]["actor/lr"]
     assert (tmp_path / "whole" / "learning_curve.png").stat().st_size > 10_000
     assert not (tmp_path / "whole" / "alarms.jsonl").exists() and not (warm_start / "alarms.jsonl").exists()
-    pool.run(evaluate_run, 1, str(place), config, [*options[1:], f"run.dir={tmp_path}/whole"])
+    # An evaluation may ask with other options than the run was trained with.
+    pool.run(evaluate_run, 1, str(place), config, [*options[1:], "train.batch_size=4", f"run.dir={tmp_path}/whole"])
     report = json.loads((tmp_path / "whole" / "eval_00000004.json").read_text())
     assert report["weights"].endswith("step_00000004") and len(report["answers"]) == 20
     for name, value in report["metrics"].items():
@@ -217,6 +220,33 @@ def check_average(place: Path, run: Path) -> None:
     found = greedy_accuracy(run / "hf_average", held_out, 20)
     assert found == pytest.approx(rows[-1]["val_average/accuracy"], abs=1e-9)
     assert set(read_state(run / "checkpoints" / "step_00000004")["models"]) == {"actor", "average"}
+
+
+def train_aloud(cwd: str, config: str, overrides: list[str]) -> str:
+    """What the run prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        train(cwd, config, overrides)
+    return said.getvalue()
+
+
+def test_a_continued_sft_run_in_another_place_is_the_uninterrupted_one(pool: Pool, place: Path, tmp_path: Path) -> None:
+    """With checkpoints written in the background; options that are others now are listed."""
+    config = f"{QUICKSTART}/sft.yaml"
+    options = ["parallel.dp=2", "train.steps=4", "train.batch_size=8", "eval.every=0", "eval.limit=2"]
+    options += ["checkpoint.every=1", "checkpoint.background=true"]
+    pool.run(train, 2, str(place), config, [*options, f"run.dir={tmp_path}/whole"])
+    pool.run(train, 2, str(place), config, [*options, f"run.dir={tmp_path}/parts", "run.stop_after=2"])
+    elsewhere = [*options, f"run.dir={tmp_path}/other", f"checkpoint.load={tmp_path}/parts", "log.histograms_every=3"]
+    said = pool.run(train_aloud, 2, str(place), config, elsewhere)[0].splitlines()
+    assert "changed        log.histograms_every: 10 -> 3" in said
+    assert said[0].endswith("trainer sft; continues after step 2")
+    whole, other = steps(tmp_path / "whole"), steps(tmp_path / "other")
+    assert [comparable(row) for row in other] == [comparable(row) for row in whole[3:]]
+    a, b = ((tmp_path / name / "hf" / "model.safetensors").read_bytes() for name in ("whole", "other"))
+    assert a == b
+    for name, kept in (("whole", (3, 4)), ("parts", (1, 2)), ("other", (3, 4))):
+        found = sorted(path.name for path in (tmp_path / name / "checkpoints").iterdir())
+        assert found == ["latest", *(f"step_{step:08d}" for step in kept)], name
 
 
 def test_layouts_take_the_same_steps(pool: Pool, place: Path, warm_start: Path, tmp_path: Path) -> None:
