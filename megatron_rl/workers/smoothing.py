@@ -10,7 +10,14 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_rl.algorithms.ema_weights import EPSILON, Gradient, StepAverages, raw_metrics, smoothing_metrics, with_gradient
+from megatron_rl.algorithms.ema_weights import (
+    EPSILON,
+    Gradient,
+    StepAverages,
+    raw_metrics,
+    smoothing_metrics,
+    with_gradient,
+)
 from megatron_rl.data.collate import MicroBatch
 from megatron_rl.ops.scan import Init, exponential_average
 
