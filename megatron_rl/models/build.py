@@ -8,13 +8,14 @@ from torch import Tensor
 
 import megatron_rl.parallel.device as device
 from megatron_rl.models.hf_config import ModelShape, check_layout, layers_on_last_stage
-from megatron_rl.models.hf_map import Heads, WeightMap
+from megatron_rl.models.hf_map import SCALAR_HEAD, Heads, WeightMap
 from megatron_rl.models.layer_specs import layer_spec
 from megatron_rl.ops.vocab_shard import VocabShard
 from megatron_rl.parallel.mesh import Mesh
 
 # isort: split
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 
 # Tensor cores want rows in multiples of 16; the padding is masked everywhere and never exported.
@@ -44,6 +45,26 @@ class LanguageModel(GPTModel):
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
+
+
+class ValueModel(LanguageModel):
+    """GPTModel with a scalar head in place of the vocabulary's: the last stage returns values [T, 1, 1], float32.
+
+    Every tensor-parallel rank has the whole head, and reads all of the hidden states: each gradient is complete where
+    it arises, so it is neither summed on its way back into the body nor over the ranks.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.post_process:
+            self.output_layer = torch.nn.Linear(self.config.hidden_size, 1, bias=False)
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not self.post_process:
+            return hidden_states
+        if self.config.sequence_parallel:
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
+        return F.linear(hidden_states.float(), self.output_layer.weight.float())
 
 
 def transformer_config(shape: ModelShape, mesh: Mesh, dtype: torch.dtype) -> TransformerConfig:
@@ -106,7 +127,7 @@ def build_model(shape: ModelShape, mesh: Mesh, dtype: torch.dtype) -> list[Langu
     chunks = []
     for index in range(mesh.vpp_size):
         vp_stage = index if mesh.vpp_size > 1 else None
-        model = LanguageModel(
+        model = (ValueModel if shape.scalar else LanguageModel)(
             config=config,
             transformer_layer_spec=layer_spec(config, vp_stage),
             vocab_size=rows * mesh.tp_size,
@@ -126,8 +147,9 @@ def build_model(shape: ModelShape, mesh: Mesh, dtype: torch.dtype) -> list[Langu
 
 
 def weight_map(shape: ModelShape) -> WeightMap:
-    """The rules of the model's family, layer by layer."""
-    return WeightMap(shape.family.rules, num_layers=shape.num_layers, tied=shape.tied)
+    """The rules of the model's family, layer by layer, and the head that the model has."""
+    rules = [rule for rule in shape.family.rules if not (shape.scalar and rule.megatron == SCALAR_HEAD.megatron)]
+    return WeightMap([*rules, SCALAR_HEAD] if shape.scalar else rules, num_layers=shape.num_layers, tied=shape.tied)
 
 
 def heads(shape: ModelShape) -> Heads:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,10 @@ LARGEST = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """The numbers that make a model. `inv_freq` [head_dim / 2] float32 holds the rotary frequencies."""
+    """The numbers that make a model. `inv_freq` [head_dim / 2] float32 holds the rotary frequencies.
+
+    A `scalar` model has one value per token in place of logits.
+    """
 
     family: Family
     num_layers: int
@@ -43,6 +46,11 @@ class ModelShape:
     norm_eps: float
     tied: bool
     inv_freq: torch.Tensor
+    scalar: bool = False
+
+    def as_scalar(self) -> "ModelShape":
+        """The same body under a scalar head of its own."""
+        return replace(self, scalar=True, tied=False)
 
     def identity(self) -> dict[str, Any]:
         """The shape as JSON: two models with the same identity hold the same tensors in the same places."""

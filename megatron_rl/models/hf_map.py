@@ -137,6 +137,10 @@ class Rule:
         return "{layer}" in self.megatron
 
 
+# As transformers' classes for sequence and token classification name it.
+SCALAR_HEAD = Rule("output_layer.weight", REPLICATED, ("score.weight",))
+
+
 @dataclass(frozen=True, slots=True)
 class Match:
     """A rule applied to one parameter: the names filled in."""

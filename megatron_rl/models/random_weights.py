@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.models.hf_config import load_config, tensor_shapes
+from megatron_rl.models.hf_map import SCALAR_HEAD, Reader
 
 
 class RandomWeights:
@@ -35,5 +36,32 @@ class RandomWeights:
             return torch.zeros(shape)
         if len(shape) == 1:
             return torch.ones(shape)
-        key = int.from_bytes(hashlib.sha256(f"{self.seed}/{name}".encode()).digest()[:8], "big") >> 1
-        return self.std * torch.randn(shape, generator=torch.Generator().manual_seed(key))
+        return self.std * _normal(name, shape, self.seed)
+
+
+class WithScalarHead:
+    """A `Reader` of a language model's tensors that has a scalar head too."""
+
+    def __init__(self, source: Reader, seed: int) -> None:
+        self.source, self.seed = source, seed
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return (1, self.source.shape("model.norm.weight")[0]) if name in SCALAR_HEAD.hf else self.source.shape(name)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        if name in SCALAR_HEAD.hf:
+            return scalar_head(self.shape(name)[1], self.seed)
+        return self.source.rows(name, start, stop)
+
+    def columns(self, name: str, start: int, stop: int) -> Tensor:
+        return self.source.columns(name, start, stop)
+
+
+def scalar_head(hidden_size: int, seed: int) -> Tensor:
+    """[1, hidden] from N(0, 1 / (hidden + 1)^2): values start out near zero, and not all alike."""
+    return _normal(SCALAR_HEAD.hf[0], (1, hidden_size), seed) / (hidden_size + 1)
+
+
+def _normal(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    key = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big") >> 1
+    return torch.randn(shape, generator=torch.Generator().manual_seed(key))

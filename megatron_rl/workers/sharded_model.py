@@ -16,13 +16,13 @@ from megatron_rl.data.samples import Sample
 from megatron_rl.models.attention import packed_seq_params
 from megatron_rl.models.build import LanguageModel, build_model, weight_map
 from megatron_rl.models.exchange import export_weights, import_weights
-from megatron_rl.models.hf_config import load_shape, num_parameters
+from megatron_rl.models.hf_config import ModelShape, load_shape, num_parameters
 from megatron_rl.models.random_weights import RandomWeights
 from megatron_rl.parallel.collect import from_last_stage, gather_over_data
 from megatron_rl.parallel.device import device
 from megatron_rl.parallel.mesh import Mesh
 from megatron_rl.parallel.schedule import LossFunction, run_schedule
-from megatron_rl.workers.objective import LossTokens, loss_tokens
+from megatron_rl.workers.objective import loss_tokens
 
 T = TypeVar("T")
 
@@ -38,7 +38,7 @@ class ShardedModel:
     def __init__(self, model: ModelConfig, mesh: Mesh) -> None:
         self.mesh = mesh
         self.hf_path = Path(model.path)
-        self.shape = load_shape(model.path)
+        self.shape = self._shape(model)
         self.num_parameters = num_parameters(model.path)
         self.models: list[LanguageModel] = build_model(self.shape, mesh, DTYPES[model.dtype.value])
         self.config = self.models[0].config
@@ -46,6 +46,9 @@ class ShardedModel:
         self.version = 0
         self.vocabulary_chunk = 1024  # columns of the lm-head that are computed at once
         self._load(model)
+
+    def _shape(self, model: ModelConfig) -> ModelShape:
+        return load_shape(model.path)
 
     def _load(self, model: ModelConfig) -> None:
         if model.weights == RANDOM:
@@ -160,7 +163,8 @@ class ShardedModel:
         batches = self._micro_batches(samples, plan, ())
         return _united(run_schedule(self.chunks, batches, step, mesh=self.mesh, forward_only=True))
 
-    def _loss_tokens(self, hidden: Tensor, batch: MicroBatch) -> LossTokens:
+    def _loss_tokens(self, hidden: Tensor, batch: MicroBatch) -> Any:
+        """What an objective of this model sees of a micro-batch: LossTokens, if the model has a vocabulary."""
         return loss_tokens(self.models[-1], hidden, batch, self.mesh, chunk=self.vocabulary_chunk)
 
     def gather(self, records: list[T]) -> list[T]:
