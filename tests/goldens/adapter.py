@@ -36,6 +36,7 @@ from megatron_rl.ops.linear_stats import LinearStats, linear_stats
 from megatron_rl.ops.scan import exponential_average
 from megatron_rl.ops.vocab_shard import VocabShard
 from megatron_rl.types import Prompt, Reward, Rollout, RolloutGroup
+from tests.goldens import critic
 
 Arrays = dict[str, np.ndarray]
 Params = dict[str, Any]
@@ -1400,4 +1401,5 @@ OPS: dict[str, Callable[[Arrays, Params], Result]] = {
     "trl_sdpo_loss": _trl_sdpo_loss,
     "trust_region_mix": _trust_region_mix,
     "vocab_parallel_logprob_entropy": _slime_logprob_entropy,
+    **critic.OPS,
 }
