@@ -7,6 +7,8 @@ from typing import Any
 from omegaconf import MISSING
 
 from megatron_rl.config.average import AverageConfig
+from megatron_rl.config.critic import CriticConfig, DiscriminatorConfig
+from megatron_rl.config.optim import OptimConfig
 from megatron_rl.config.sdpo import DistillConfig, RepromptConfig, TeacherConfig
 
 
@@ -15,14 +17,6 @@ class DType(StrEnum):
 
     float32 = "float32"
     bfloat16 = "bfloat16"
-
-
-class Schedule(StrEnum):
-    """How the learning rate goes from `lr` to `min_lr` after the warm-up."""
-
-    constant = "constant"
-    linear = "linear"
-    cosine = "cosine"
 
 
 class TruncationSide(StrEnum):
@@ -172,19 +166,6 @@ class ParallelConfig:
     vpp: int = 1  # model chunks per pipeline stage, interleaved
     sequence_parallel: bool = False
     recompute: bool = False  # keep only each layer's input, and compute its activations again in the backward pass
-
-
-@dataclass(kw_only=True)
-class OptimConfig:
-    lr: float = 1e-6
-    min_lr: float = 0.0
-    schedule: Schedule = Schedule.constant
-    warmup_steps: int = 0
-    weight_decay: float = 0.01
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    clip_grad: float = 1.0
 
 
 @dataclass(kw_only=True)
@@ -396,6 +377,16 @@ class GrpoConfig:
 
 
 @dataclass(kw_only=True)
+class GadConfig(GrpoConfig):
+    """Generative adversarial distillation: the policy is rewarded by a critic that tells it from a teacher."""
+
+    trainer: str = "gad"
+    data: SftDataConfig = field(default_factory=SftDataConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+
+
+@dataclass(kw_only=True)
 class SdpoConfig:
     """Self-distillation policy optimisation."""
 
@@ -421,5 +412,6 @@ class SdpoConfig:
 SCHEMAS: dict[str, type[SftConfig] | type[GrpoConfig] | type[SdpoConfig]] = {
     "sft": SftConfig,
     "grpo": GrpoConfig,
+    "gad": GadConfig,
     "sdpo": SdpoConfig,
 }

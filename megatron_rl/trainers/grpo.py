@@ -1,31 +1,26 @@
 """Group-relative policy optimisation: answer, judge, compare within the group, update."""
 
-from collections.abc import Sequence
-from statistics import fmean
 from typing import Any
-
-import torch
 
 from megatron_rl.checkpoint.store import Role
 from megatron_rl.config.schema import GrpoConfig, KLPlace
-from megatron_rl.data.samples import Sample, weighed
 from megatron_rl.data.sources import PromptSource
 from megatron_rl.metrics.timing import Timer
-from megatron_rl.metrics.types import Max, Mean, Metrics, StepLog, Sum, merge
+from megatron_rl.metrics.types import StepLog
 from megatron_rl.parallel.mesh import Mesh
 from megatron_rl.rollout.sync import push
 from megatron_rl.trainers.audit import audit_padding, audit_rollouts
-from megatron_rl.trainers.average import kept_average, take_step
+from megatron_rl.trainers.average import kept_average
 from megatron_rl.trainers.data import train_prompts
-from megatron_rl.trainers.objectives import policy_objective, updates_per_step
+from megatron_rl.trainers.objectives import updates_per_step
 from megatron_rl.trainers.parts import Parts
 from megatron_rl.trainers.policies import Policies
+from megatron_rl.trainers.policy_update import PolicyUpdate
 from megatron_rl.trainers.rollout_metrics import rollout_histograms, rollout_metrics, sample_records
 from megatron_rl.trainers.rollouts import greedy_rewards, rollout_batch, to_samples
 from megatron_rl.trainers.shaping import shaped_rewards, with_advantages
 from megatron_rl.workers.model_worker import ModelWorker
 from megatron_rl.workers.sharded_model import ShardedModel
-from megatron_rl.workers.smoothing import Record
 
 
 class GrpoTrainer:
@@ -35,9 +30,9 @@ class GrpoTrainer:
         self, config: GrpoConfig, actor: ModelWorker, reference: ShardedModel | None, parts: Parts, source: PromptSource
     ) -> None:
         self.config, self.actor, self.parts, self.source = config, actor, parts, source
-        self.objective = policy_objective(config)
         self.average = kept_average(config, actor)
-        needs_old = not self.objective.on_policy or config.kl.where is KLPlace.reward
+        self.update = PolicyUpdate(config, actor, self.average)
+        needs_old = not self.update.objective.on_policy or config.kl.where is KLPlace.reward
         self.policies = Policies(config, actor, reference, needs_old=needs_old)
 
     def step(self, step: int, timer: Timer) -> StepLog:
@@ -54,52 +49,12 @@ class GrpoTrainer:
             rewards, reward_figures = shaped_rewards(config, groups, samples)
             samples, values = with_advantages(config.algorithm, groups, samples, rewards, greedy)
         with timer("update_actor"):
-            update_figures, records = self._update(samples)
-        histograms = rollout_histograms(groups, values)
-        if records:
-            raw, smoothed, _ = (torch.cat(parts).tolist() for parts in zip(*records))
-            histograms |= {"ema/raw_weights": raw, "ema/smoothed_weights": smoothed}
+            update_figures, histograms = self.update(samples)
+        histograms |= rollout_histograms(groups, values)
         figures = sync_figures | batch_figures | rollout_metrics(groups, values) | audit
         return StepLog(
             figures | policy_figures | reward_figures | update_figures, histograms, sample_records(groups, samples)
         )
-
-    def _update(self, samples: Sequence[Sample]) -> tuple[dict[str, float], list[Record]]:
-        """Mini-batches of whole groups, in order. A loss is logged as its mean over the updates."""
-        train, smoother = self.config.train, self.objective.smoother
-        size = len(samples) // train.mini_batches_per_step
-        total: Metrics = {}
-        records: list[Record] = []
-        smoothing: dict[str, list[float]] = {}
-        if smoother is not None:
-            smoother.forget()
-        for epoch in range(train.epochs_per_step):
-            for start in range(0, len(samples), size):
-                if smoother is not None:
-                    smoother.begin()
-                    smoother.visit = epoch
-                per_update = self._update_once(samples[start : start + size])
-                if smoother is not None:
-                    records = self.actor.gather(smoother.records)
-                    states = sum(self.actor.gather([len(smoother.averages)]))
-                    for name, value in smoother.metrics(records, states).items():
-                        smoothing.setdefault(name, []).append(value)
-                total = merge(total, per_update) if total else per_update
-        figures = {name: value.result() for name, value in total.items()}
-        return figures | {name: fmean(values) for name, values in smoothing.items()}, records
-
-    def _update_once(self, samples: Sequence[Sample]) -> Metrics:
-        mini_batch = weighed(
-            samples, str(self.config.algorithm.aggregation), horizon=self.config.rollout.max_new_tokens
-        )
-        plan = self.actor.plan(mini_batch, self.config.train.max_tokens_per_micro_batch)
-        stats = self.actor.forward_backward(mini_batch, plan, self.objective)
-        update = take_step(self.actor, self.average)
-        return {name: Mean(v.value, 1) if isinstance(v, Sum) else v for name, v in stats.items()} | {
-            "actor/grad_norm": Max(update.grad_norm),
-            "actor/lr": Mean(update.lr, 1),
-            "actor/skipped": Sum(float(not update.applied)),
-        }
 
     def roles(self) -> dict[str, Role]:
         """The reference too: what training started from may be gone, or another, when the run is continued."""

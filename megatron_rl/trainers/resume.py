@@ -9,8 +9,8 @@ from typing import Any
 
 from megatron_rl.checkpoint.store import CheckpointStore, find_checkpoint, read_state
 from megatron_rl.config.load import as_dict
+from megatron_rl.config.optim import Schedule
 from megatron_rl.config.rules import Config
-from megatron_rl.config.schema import Schedule
 
 VERSIONED = ("megatron_rl", "torch", "megatron-core", "transformers", "numpy")
 
