@@ -22,6 +22,7 @@ from megatron_rl.config.schema import (
     EmaGradient,
     GrpoConfig,
     Loss,
+    PolicyGradientConfig,
     SdpoConfig,
     SftConfig,
 )
@@ -171,7 +172,7 @@ def _to_object(config: DictConfig, path: Path) -> Config:
         result = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {_reason(error)}") from error
-    assert isinstance(result, SftConfig | GrpoConfig | SdpoConfig)
+    assert isinstance(result, SftConfig | PolicyGradientConfig | SdpoConfig)
     return result
 
 
@@ -195,17 +196,17 @@ def save_config(config: Config, path: str | Path) -> None:
 def _complete(config: Config) -> list[str]:
     """Fills what was left open: the named algorithm's own values, the tolerance that fits the precision."""
     filled = []
-    if isinstance(config, GrpoConfig):
+    if isinstance(config, PolicyGradientConfig):
         for key, value in ALGORITHM_DEFAULTS[config.algorithm.name].items():
             if getattr(config.algorithm, key) is None:
                 if key == "overlong_buffer" and value is None:
                     value = config.rollout.max_new_tokens // 5
                 setattr(config.algorithm, key, value)
                 filled.append(f"algorithm.{key}")
-        if config.ema.gradient is None:
-            by_step = config.ema.axis is EmaAxis.step
-            config.ema.gradient = EmaGradient.current if by_step else EmaGradient.full
-            filled.append("ema.gradient")
+    if isinstance(config, GrpoConfig) and config.ema.gradient is None:
+        by_step = config.ema.axis is EmaAxis.step
+        config.ema.gradient = EmaGradient.current if by_step else EmaGradient.full
+        filled.append("ema.gradient")
     if isinstance(config, SdpoConfig) and config.reprompt.max_tokens is None:
         room = config.train.max_tokens_per_micro_batch - config.rollout.max_new_tokens
         config.reprompt.max_tokens = min(MOST_TEACHER_TOKENS, room)

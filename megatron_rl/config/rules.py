@@ -5,23 +5,26 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from megatron_rl.config.optim import OptimConfig
 from megatron_rl.config.schema import (
     Advantage,
     AverageConfig,
     CorrectionLevel,
     EmaAxis,
+    GadConfig,
     GrpoConfig,
     KLEstimator,
     KLGradient,
     KLPlace,
     Loss,
+    PolicyGradientConfig,
     RolloutConfig,
     SdpoConfig,
     SftConfig,
 )
 from megatron_rl.config.sdpo import DistillLoss
 
-PolicyConfig = GrpoConfig | SdpoConfig
+PolicyConfig = PolicyGradientConfig | SdpoConfig
 Config = SftConfig | PolicyConfig
 
 # More than this is a slip of the hand, and would keep the check itself busy for hours.
@@ -79,8 +82,6 @@ def _check_positive(config: Config) -> None:
         "rollout.group_size": config.rollout.group_size,
         "reward.workers": config.reward.workers,
         "reward.deadline_s": config.reward.deadline_s,
-        "optim.clip_grad": config.optim.clip_grad,
-        "optim.eps": config.optim.eps,
         "checkpoint.keep": config.checkpoint.keep,
         "guards.max_skipped_steps": config.guards.max_skipped_steps,
     }
@@ -96,10 +97,6 @@ def _check_positive(config: Config) -> None:
         _require(value > 0, f"{key}={value} must be greater than 0")
     for key, value in {
         "train.seed": config.train.seed,
-        "optim.lr": config.optim.lr,
-        "optim.min_lr": config.optim.min_lr,
-        "optim.weight_decay": config.optim.weight_decay,
-        "optim.warmup_steps": config.optim.warmup_steps,
         "eval.every": config.eval.every,
         "eval.samples": config.eval.samples,
         "checkpoint.every": config.checkpoint.every,
@@ -109,8 +106,6 @@ def _check_positive(config: Config) -> None:
         "run.hang_timeout_s": config.run.hang_timeout_s,
     }.items():
         _require(value >= 0, f"{key}={value} must not be negative")
-    for key, value in (("optim.beta1", config.optim.beta1), ("optim.beta2", config.optim.beta2)):
-        _require(0 <= value < 1, f"{key}={value} must be at least 0 and below 1")
 
 
 def _check_rollout(rollout: RolloutConfig) -> None:
@@ -135,10 +130,11 @@ def check(config: Config) -> None:
     """Values and combinations that cannot be run; raises ConfigError on the first."""
     _check_size(config)
     _check_positive(config)
+    _check_optim("optim", config.optim)
     _check_rollout(config.rollout)
     if isinstance(config, SdpoConfig):
         _check_average("teacher", config.teacher)
-    else:
+    elif isinstance(config, SftConfig | GrpoConfig):
         _check_average("average", config.average)
     parallel = config.parallel
     _require(
@@ -149,14 +145,14 @@ def check(config: Config) -> None:
         not parallel.sequence_parallel or parallel.tp > 1,
         "parallel.sequence_parallel=true needs parallel.tp > 1: with one tensor rank nothing is cut",
     )
-    _require(
-        config.optim.min_lr <= config.optim.lr,
-        f"optim.min_lr={config.optim.min_lr} is above optim.lr={config.optim.lr}",
-    )
     if not isinstance(config, SftConfig):
         _check_policy(config)
+    if isinstance(config, PolicyGradientConfig):
+        _check_policy_gradient(config)
     if isinstance(config, GrpoConfig):
-        _check_grpo(config)
+        _check_ema(config)
+    if isinstance(config, GadConfig):
+        _check_gad(config)
     if isinstance(config, SdpoConfig):
         _check_sdpo(config)
 
@@ -224,7 +220,7 @@ def _check_sdpo(config: SdpoConfig) -> None:
     )
 
 
-def _check_grpo(config: GrpoConfig) -> None:
+def _check_policy_gradient(config: PolicyGradientConfig) -> None:
     algorithm, kl = config.algorithm, config.kl
     _require(
         algorithm.aggregation in AGGREGATIONS,
@@ -241,13 +237,6 @@ def _check_grpo(config: GrpoConfig) -> None:
         "kl.estimator=k1 with kl.gradient=naive cannot be a loss: its gradient does not depend on the reference; use "
         "k2 or k3, another gradient, or kl.where=reward",
     )
-    ema = config.ema
-    _require(0 < ema.beta <= 1, f"ema.beta={ema.beta} must be in (0, 1]; it weighs the new value, so 1 smooths nothing")
-    _require(
-        ema.axis is EmaAxis.none or algorithm.loss is Loss.ppo_clip,
-        f"ema.axis={ema.axis.value} smooths the ratios of ppo_clip and does not go with algorithm.loss="
-        f"{algorithm.loss.value if algorithm.loss else None}: use ema.axis=none or algorithm.loss=ppo_clip",
-    )
     _require(
         0 < algorithm.discount <= 1, f"algorithm.discount={algorithm.discount} must be in (0, 1]; 1 discounts nothing"
     )
@@ -261,7 +250,58 @@ def _check_grpo(config: GrpoConfig) -> None:
     )
 
 
-def _check_rollout_batches(config: GrpoConfig) -> None:
+def _check_ema(config: GrpoConfig) -> None:
+    ema, loss = config.ema, config.algorithm.loss
+    _require(0 < ema.beta <= 1, f"ema.beta={ema.beta} must be in (0, 1]; it weighs the new value, so 1 smooths nothing")
+    _require(
+        ema.axis is EmaAxis.none or loss is Loss.ppo_clip,
+        f"ema.axis={ema.axis.value} smooths the ratios of ppo_clip and does not go with algorithm.loss="
+        f"{loss.value if loss else None}: use ema.axis=none or algorithm.loss=ppo_clip",
+    )
+
+
+def _check_gad(config: GadConfig) -> None:
+    d, algorithm = config.discriminator, config.algorithm
+    for key in ("raw_weight", "norm_weight", "l2", "range_penalty", "reward_weight", "sft_steps", "warmup_steps"):
+        _require(getattr(d, key) >= 0, f"discriminator.{key}={getattr(d, key)} must not be negative")
+    _require(
+        d.raw_weight + d.norm_weight > 0,
+        f"discriminator.raw_weight={d.raw_weight} and norm_weight={d.norm_weight} leave nothing of a score",
+    )
+    _require(d.temperature > 0, f"discriminator.temperature={d.temperature} must be greater than 0")
+    adaptive = d.adaptive_temperature
+    _require(
+        adaptive is None or (len(adaptive) == 4 and adaptive[1] >= 0 and 0 < adaptive[2] <= adaptive[3]),
+        f"discriminator.adaptive_temperature={adaptive} must be [offset, slope, low, high] with 0 < low <= high",
+    )
+    _require(
+        0 <= d.label_smoothing < 0.5,
+        f"discriminator.label_smoothing={d.label_smoothing} must be at least 0 and below 0.5",
+    )
+    _require(
+        d.range_low < d.range_high,
+        f"discriminator.range_low={d.range_low} must be below range_high={d.range_high}",
+    )
+    _require(
+        algorithm.max_rollout_batches == 1 and algorithm.advantage is not Advantage.remax,
+        f"algorithm.name={algorithm.name.value} asks for more answers, by max_rollout_batches="
+        f"{algorithm.max_rollout_batches} or a greedy one; gad scores the answers it has: set "
+        "algorithm.max_rollout_batches=1, or another advantage than remax",
+    )
+    _check_optim("critic.optim", config.critic.optim)
+
+
+def _check_optim(key: str, optim: OptimConfig) -> None:
+    for name in ("clip_grad", "eps"):
+        _require(getattr(optim, name) > 0, f"{key}.{name}={getattr(optim, name)} must be greater than 0")
+    for name in ("lr", "min_lr", "weight_decay", "warmup_steps"):
+        _require(getattr(optim, name) >= 0, f"{key}.{name}={getattr(optim, name)} must not be negative")
+    for name in ("beta1", "beta2"):
+        _require(0 <= getattr(optim, name) < 1, f"{key}.{name}={getattr(optim, name)} must be at least 0 and below 1")
+    _require(optim.min_lr <= optim.lr, f"{key}.min_lr={optim.min_lr} is above {key}.lr={optim.lr}")
+
+
+def _check_rollout_batches(config: PolicyGradientConfig) -> None:
     algorithm, longest = config.algorithm, config.rollout.max_new_tokens
     batches, buffer = algorithm.max_rollout_batches, algorithm.overlong_buffer
     assert batches is not None and buffer is not None

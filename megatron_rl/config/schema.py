@@ -353,10 +353,10 @@ class SftConfig:
 
 
 @dataclass(kw_only=True)
-class GrpoConfig:
-    """Group-relative policy optimisation and its family."""
+class PolicyGradientConfig:
+    """What all trainers have that learn from rewards of their own answers."""
 
-    trainer: str = "grpo"
+    trainer: str = MISSING
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -365,10 +365,8 @@ class GrpoConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
-    ema: EmaConfig = field(default_factory=EmaConfig)
     kl: KLConfig = field(default_factory=KLConfig)
     rollout_correction: RolloutCorrectionConfig = field(default_factory=RolloutCorrectionConfig)
-    average: KeptAverageConfig = field(default_factory=KeptAverageConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guards: GuardsConfig = field(default_factory=GuardsConfig)
@@ -377,7 +375,16 @@ class GrpoConfig:
 
 
 @dataclass(kw_only=True)
-class GadConfig(GrpoConfig):
+class GrpoConfig(PolicyGradientConfig):
+    """Group-relative policy optimisation and its family."""
+
+    trainer: str = "grpo"
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    average: KeptAverageConfig = field(default_factory=KeptAverageConfig)
+
+
+@dataclass(kw_only=True)
+class GadConfig(PolicyGradientConfig):
     """Generative adversarial distillation: the policy is rewarded by a critic that tells it from a teacher."""
 
     trainer: str = "gad"
@@ -409,7 +416,7 @@ class SdpoConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
 
-SCHEMAS: dict[str, type[SftConfig] | type[GrpoConfig] | type[SdpoConfig]] = {
+SCHEMAS: dict[str, type[SftConfig] | type[PolicyGradientConfig] | type[SdpoConfig]] = {
     "sft": SftConfig,
     "grpo": GrpoConfig,
     "gad": GadConfig,

@@ -1,7 +1,17 @@
 """From the config to the objective that the actor is trained on."""
 
 from megatron_rl.config.rules import PolicyConfig
-from megatron_rl.config.schema import AlgorithmConfig, CorrectionLevel, EmaAxis, GrpoConfig, KLPlace, Loss
+from megatron_rl.config.schema import (
+    AlgorithmConfig,
+    CorrectionLevel,
+    EmaAxis,
+    EmaConfig,
+    EmaGradient,
+    GrpoConfig,
+    KLPlace,
+    Loss,
+    PolicyGradientConfig,
+)
 from megatron_rl.workers.objective import PolicyGradient
 from megatron_rl.workers.smoothing import Smoother
 
@@ -32,19 +42,16 @@ def loss_options(algorithm: AlgorithmConfig) -> dict[str, float | None]:
             return {}
 
 
-def policy_objective(config: GrpoConfig) -> PolicyGradient:
+def policy_objective(config: PolicyGradientConfig) -> PolicyGradient:
     """The named algorithm with its options filled in."""
-    algorithm, ema, correction = config.algorithm, config.ema, config.rollout_correction
-    assert algorithm.loss is not None and ema.gradient is not None
+    algorithm, correction = config.algorithm, config.rollout_correction
+    assert algorithm.loss is not None
     on_policy = updates_per_step(config) == 1 and not correction.bypass
-    smoother = None
-    if algorithm.loss is Loss.ppo_clip and (ema.axis is not EmaAxis.none or not on_policy):
-        smoother = Smoother(axis=ema.axis.value, beta=ema.beta, init=ema.init.value, gradient=ema.gradient.value)
     return PolicyGradient(
         loss=algorithm.loss.value,
         options=loss_options(algorithm),
         entropy_coeff=algorithm.entropy_coeff,
-        smoother=smoother,
+        smoother=_smoother(config, on_policy=on_policy),
         kl_estimator=config.kl.estimator.value if config.kl.where is KLPlace.loss else None,
         kl_gradient=config.kl.gradient.value,
         kl_coeff=config.kl.coeff,
@@ -53,3 +60,12 @@ def policy_objective(config: GrpoConfig) -> PolicyGradient:
         temperature=config.rollout.temperature,
         on_policy=on_policy,
     )
+
+
+def _smoother(config: PolicyGradientConfig, *, on_policy: bool) -> Smoother | None:
+    """Also where nothing is smoothed it records the weights of the clipped loss, unless all of them are one."""
+    ema = config.ema if isinstance(config, GrpoConfig) else EmaConfig()
+    if config.algorithm.loss is not Loss.ppo_clip or (ema.axis is EmaAxis.none and on_policy):
+        return None
+    gradient = ema.gradient or EmaGradient.full
+    return Smoother(axis=ema.axis.value, beta=ema.beta, init=ema.init.value, gradient=gradient.value)

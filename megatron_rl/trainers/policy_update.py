@@ -5,7 +5,7 @@ from statistics import fmean
 
 import torch
 
-from megatron_rl.config.schema import GrpoConfig
+from megatron_rl.config.schema import PolicyGradientConfig
 from megatron_rl.data.samples import Sample, weighed
 from megatron_rl.metrics.types import Max, Mean, Metrics, Sum, merge
 from megatron_rl.trainers.average import take_step
@@ -21,7 +21,7 @@ class PolicyUpdate:
     Samples have advantages, and what else the config's objective reads.
     """
 
-    def __init__(self, config: GrpoConfig, actor: ModelWorker, average: WeightAverage | None) -> None:
+    def __init__(self, config: PolicyGradientConfig, actor: ModelWorker, average: WeightAverage | None) -> None:
         self.config, self.actor, self.average = config, actor, average
         self.objective = policy_objective(config)
 

@@ -13,7 +13,7 @@ from megatron_rl.checkpoint.hf import write_model
 from megatron_rl.checkpoint.store import Role
 from megatron_rl.config.load import as_dict, save_config
 from megatron_rl.config.rules import Config
-from megatron_rl.config.schema import GrpoConfig, SdpoConfig, SftConfig
+from megatron_rl.config.schema import GadConfig, GrpoConfig, SdpoConfig, SftConfig
 from megatron_rl.metrics.progress import NOTES, bytes_in, progress
 from megatron_rl.metrics.timing import Timer
 from megatron_rl.metrics.types import StepLog
@@ -23,7 +23,7 @@ from megatron_rl.parallel.mesh import Mesh, create_mesh, destroy_mesh
 from megatron_rl.parallel.stop import StopRequest
 from megatron_rl.parallel.watchdog import watch
 from megatron_rl.report.curves import has_curve, plot_learning_curve
-from megatron_rl.trainers import grpo, sdpo, sft
+from megatron_rl.trainers import gad, grpo, sdpo, sft
 from megatron_rl.trainers.average import AveragedModel
 from megatron_rl.trainers.banner import banner
 from megatron_rl.trainers.data import held_out_prompts
@@ -61,6 +61,8 @@ def build(config: Config, mesh: Mesh) -> Trainer:
         return sft.build(config, mesh)
     if isinstance(config, SdpoConfig):
         return sdpo.build(config, mesh)
+    if isinstance(config, GadConfig):
+        return gad.build(config, mesh)
     assert isinstance(config, GrpoConfig)
     return grpo.build(config, mesh)
 
@@ -203,6 +205,8 @@ class Run:
             if self.averaged is not None:
                 version = self.averaged.engine_version
                 metrics |= self.evaluator(step, self.averaged.now(), name="val_average", version=version)[0]
+            if isinstance(self.trainer, gad.GadTrainer):
+                metrics |= self.trainer.tell_apart(answers)
         seconds = self.timer.metrics()
         self.timer.reset()
         if self.writer is not None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_rl.algorithms import advantages
 from megatron_rl.algorithms.kl import kl
 from megatron_rl.algorithms.overlong import overlong_penalty
-from megatron_rl.config.schema import Advantage, AlgorithmConfig, GrpoConfig, KLPlace
+from megatron_rl.config.schema import Advantage, AlgorithmConfig, KLPlace, PolicyGradientConfig
 from megatron_rl.data.samples import Sample
 from megatron_rl.types import RolloutGroup
 
@@ -21,7 +21,7 @@ def reward_values(groups: Sequence[RolloutGroup]) -> Tensor:
 
 
 def shaped_rewards(
-    config: GrpoConfig, groups: Sequence[RolloutGroup], samples: Sequence[Sample]
+    config: PolicyGradientConfig, groups: Sequence[RolloutGroup], samples: Sequence[Sample]
 ) -> tuple[Tensor, dict[str, float]]:
     """Rewards [n] float64, less what length and distance to the reference cost where the config says so."""
     algorithm, settings = config.algorithm, config.kl

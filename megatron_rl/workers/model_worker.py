@@ -52,6 +52,7 @@ class ModelWorker(ShardedModel):
         self.optimizer = get_megatron_optimizer(_optimizer_config(optim, DTYPES[model.dtype.value]), self.chunks)
         self.config.grad_scale_func = self.optimizer.scale_loss
         self.scheduler = _scheduler(self.optimizer, optim, total_steps)
+        self.clip_grad = optim.clip_grad
         self.loss_is_finite = True
 
     def _wrap(self, index: int, chunk: LanguageModel) -> DistributedDataParallel:

@@ -88,12 +88,15 @@ class Outcome(NamedTuple):
 
 
 class Objective(Protocol):
-    """A loss. `field_names` are the per-token fields it reads from the micro-batch."""
+    """A loss. `field_names` are the per-token fields it reads from the micro-batch.
+
+    It is called with what the model makes of loss-bearing tokens: LossTokens, or a critic's ValueTokens.
+    """
 
     @property
     def field_names(self) -> tuple[str, ...]: ...
 
-    def __call__(self, tokens: LossTokens) -> Outcome: ...
+    def __call__(self, tokens: Any) -> Outcome: ...
 
 
 def token_mean(values: Tensor) -> Mean:
