@@ -60,5 +60,8 @@ def test_shipped_configs_are_valid(path: Path) -> None:
 def test_every_case_of_a_sweep_is_valid(path: Path) -> None:
     sweep = yaml.safe_load(path.read_text())
     assert len(sweep["cases"]) > 1 and sweep["seeds"]
-    for overrides in sweep["cases"].values():
-        load_config(ROOT / sweep["config"], [*sweep.get("options", []), *overrides])
+    for case, overrides in sweep["cases"].items():
+        config = sweep["config"]
+        load_config(
+            ROOT / (config[case] if isinstance(config, dict) else config), [*sweep.get("options", []), *overrides]
+        )
