@@ -115,7 +115,7 @@ def off_policy(
 
 
 def pass_rate_weights(rewards: Tensor, group_ids: Tensor, targets: Tensor, *, threshold: float) -> Tensor:
-    """What each response's distillation counts, [n] float64: the most where its question is answered right now and then.
+    """What each response's distillation counts, [n] float64: most where its question is answered right now and then.
 
         w_i = s_i / mean of s over the targets,    s_i = sqrt(p (1 - p))
 
@@ -140,7 +140,7 @@ def entropy_weights(entropy: Tensor, beta: float) -> Tensor:
     """exp(-beta H), [N], of the teacher's entropy H in nats over the whole vocabulary, without a gradient.
 
     A teacher that is unsure says little: after the idea of SRPO (Li et al., arXiv 2604.02288) and EGRSD (arXiv
-    2605.13255). The weights are not normalised, so that no token's weight depends on another's; the loss gets smaller by
-    their mean.
+    2605.13255). The weights are not normalised, so that none depends on another token: the loss gets smaller, and a
+    learning rate may be raised.
     """
     return (-beta * entropy.detach()).exp()

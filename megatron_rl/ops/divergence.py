@@ -147,7 +147,7 @@ def full_divergence(
 
     (the generalised Jensen-Shannon divergence of Agarwal et al., arXiv 2306.13649; at its ends it is 0, and not the
     KL that stands there). With G_v = dL / dlog s_v the gradient is dL/dz_v = G_v - s_v sum G, so the backward pass asks
-    for one more number per token and no collective. The student's log-probability and entropy add to it what they add in
+    for one more number per token and no collective. The student's log-probability and entropy add what they add in
     `linear_stats`: [v = y] g_y - s_v (g_y + g_H (log s_v + H)). `k` as the metrics want it.
     """
     assert 0 <= alpha <= 1, alpha

@@ -62,7 +62,7 @@ def test_full_divergence(alpha: float, chunk: int, kept: bool, monkeypatch: pyte
 @pytest.mark.parametrize("chunk", [1, 50, 1024])
 @pytest.mark.parametrize("parts", [(1, 1, 1), (0, 1, 0), (0, 0, 1), (1, 1, 0)])
 def test_statistics_of_the_full_divergence_are_differentiable(parts: tuple[int, int, int], chunk: int) -> None:
-    """Any sum of the divergence, the label's log-probability and the entropy; one that is not in it gets no gradient."""
+    """Any sum of the divergence, the label's log-probability and the entropy."""
     student, teacher = heads(padding=4)
     result = full_divergence(student, teacher, LABELS, alpha=0.3, shard=WHOLE, chunk=chunk)
     s, t = dense(student), dense(teacher).detach()
