@@ -212,13 +212,13 @@ class _FullDivergence(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden, dtype=entropy.dtype)
         grad_weight = torch.empty_like(weight)
         grad_weight[ctx.shard.size :] = 0
-        of_loss, *of_stats = (
+        of_loss, of_logp, of_entropy = (
             None if g is None else g[:, None] / ctx.temperatures[0] for g in (grad_loss, grad_logp, grad_entropy)
         )
         for columns, student, teacher in _log_prob_chunks(ctx, hidden, weight, *rest):
             wide: Any = 0
-            if any(g is not None for g in of_stats):
-                wide = _slope_of_stats(student, *of_stats, entropy[:, None], labels - columns.start)
+            if of_logp is not None or of_entropy is not None:
+                wide = _slope_of_stats(student, of_logp, of_entropy, entropy[:, None], labels - columns.start)
             if of_loss is not None:
                 wide = _slope(student, teacher, ctx.alpha, ctx.slopes[:, None]).mul_(of_loss).add_(wide)
             grad = wide.to(hidden.dtype)

@@ -124,7 +124,7 @@ class Distillation:
     @staticmethod
     def _metrics(values: Tensor, clipped: Tensor, pair: Pair, bears_loss: Tensor) -> Metrics:
         figures = pair_figures(pair)
-        measured = {
+        measured: dict[str, Tensor | None] = {
             "divergence": values,
             "is_clipped": clipped,
             "teacher_entropy": figures.teacher_entropy,
@@ -135,8 +135,9 @@ class Distillation:
             "student_topk_mass": figures.student_mass,
             "teacher_topk_mass": figures.teacher_mass,
         }
-        return {"actor/entropy": token_mean(figures.student_entropy)} | {
+        metrics: Metrics = {
             f"self_distillation/{name}": token_mean(value[bears_loss])
             for name, value in measured.items()
             if value is not None
         }
+        return metrics | {"actor/entropy": token_mean(figures.student_entropy)}
