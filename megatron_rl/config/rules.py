@@ -5,9 +5,11 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from megatron_rl.config.algorithms import GRPO
 from megatron_rl.config.optim import OptimConfig
 from megatron_rl.config.schema import (
     Advantage,
+    AlgorithmConfig,
     AverageConfig,
     CorrectionLevel,
     EmaAxis,
@@ -22,7 +24,7 @@ from megatron_rl.config.schema import (
     SdpoConfig,
     SftConfig,
 )
-from megatron_rl.config.sdpo import DistillLoss
+from megatron_rl.config.sdpo import DistillLoss, TeacherMode
 
 PolicyConfig = PolicyGradientConfig | SdpoConfig
 Config = SftConfig | PolicyConfig
@@ -148,7 +150,8 @@ def check(config: Config) -> None:
     if not isinstance(config, SftConfig):
         _check_policy(config)
     if isinstance(config, PolicyGradientConfig):
-        _check_policy_gradient(config)
+        _check_algorithm(config)
+        _check_kl(config)
     if isinstance(config, GrpoConfig):
         _check_ema(config)
     if isinstance(config, GadConfig):
@@ -204,9 +207,15 @@ def _check_sdpo(config: SdpoConfig) -> None:
         f"distill.loss=sampled_token estimates the reverse KL and needs distill.alpha=1, not {distill.alpha}",
     )
     _require(
-        config.rollout_correction.opsm_delta is None,
-        "rollout_correction.opsm_delta asks for advantages, and sdpo has none: remove it",
+        distill.entropy_weighting >= 0,
+        f"distill.entropy_weighting={distill.entropy_weighting} must not be negative; 0 weighs all tokens alike",
     )
+    _require(0 <= distill.weight <= 1, f"distill.weight={distill.weight} must be between 0 and 1")
+    _check_refresh(config)
+    if distill.weight < 1:
+        _check_algorithm(config)
+    else:
+        _check_no_policy_loss(config)
     assert reprompt.max_tokens is not None
     _require(
         reprompt.max_tokens > 0,
@@ -220,8 +229,38 @@ def _check_sdpo(config: SdpoConfig) -> None:
     )
 
 
-def _check_policy_gradient(config: PolicyGradientConfig) -> None:
-    algorithm, kl = config.algorithm, config.kl
+def _check_refresh(config: SdpoConfig) -> None:
+    teacher = config.teacher
+    _require(
+        teacher.refresh_every >= 0, f"teacher.refresh_every={teacher.refresh_every} must not be negative; 0 means never"
+    )
+    _require(
+        not teacher.refresh_every or teacher.mode in (TeacherMode.ema, TeacherMode.frozen),
+        f"teacher.refresh_every={teacher.refresh_every} copies the policy to the teacher, and teacher.mode="
+        f"{teacher.mode.value} has no weights to copy to: use teacher.mode=ema or frozen, or teacher.refresh_every=0",
+    )
+
+
+def _check_no_policy_loss(config: SdpoConfig) -> None:
+    """With the distillation loss alone, what belongs to the policy loss is refused rather than ignored."""
+    plain = AlgorithmConfig(**GRPO)
+    for item in dataclasses.fields(plain):
+        value = getattr(config.algorithm, item.name)
+        _require(
+            value == getattr(plain, item.name),
+            f"algorithm.{item.name}={value} is of the policy loss, and distill.weight=1 leaves it out: remove it, or "
+            "set distill.weight below 1",
+        )
+    _require(
+        config.rollout_correction.opsm_delta is None,
+        f"rollout_correction.opsm_delta={config.rollout_correction.opsm_delta} asks for advantages, and distill.weight="
+        "1 leaves the policy loss out: remove it, or set distill.weight below 1",
+    )
+
+
+def _check_algorithm(config: PolicyConfig) -> None:
+    """What the policy loss asks."""
+    algorithm = config.algorithm
     _require(
         algorithm.aggregation in AGGREGATIONS,
         f"algorithm.aggregation={algorithm.aggregation!r} is not one of {', '.join(AGGREGATIONS)}",
@@ -231,12 +270,6 @@ def _check_policy_gradient(config: PolicyGradientConfig) -> None:
         f"rollout.group_size={config.rollout.group_size} must be at least 2: advantages compare answers to one prompt",
     )
     _check_rollout_batches(config)
-    _require(kl.coeff >= 0, f"kl.coeff={kl.coeff} must not be negative")
-    _require(
-        not (kl.where is KLPlace.loss and kl.estimator is KLEstimator.k1 and kl.gradient is KLGradient.naive),
-        "kl.estimator=k1 with kl.gradient=naive cannot be a loss: its gradient does not depend on the reference; use "
-        "k2 or k3, another gradient, or kl.where=reward",
-    )
     _require(
         0 < algorithm.discount <= 1, f"algorithm.discount={algorithm.discount} must be in (0, 1]; 1 discounts nothing"
     )
@@ -247,6 +280,16 @@ def _check_policy_gradient(config: PolicyGradientConfig) -> None:
     _require(
         not algorithm.dual_clip or algorithm.dual_clip > 1,
         f"algorithm.dual_clip={algorithm.dual_clip} must be above 1, or 0 for none",
+    )
+
+
+def _check_kl(config: PolicyGradientConfig) -> None:
+    kl = config.kl
+    _require(kl.coeff >= 0, f"kl.coeff={kl.coeff} must not be negative")
+    _require(
+        not (kl.where is KLPlace.loss and kl.estimator is KLEstimator.k1 and kl.gradient is KLGradient.naive),
+        "kl.estimator=k1 with kl.gradient=naive cannot be a loss: its gradient does not depend on the reference; use "
+        "k2 or k3, another gradient, or kl.where=reward",
     )
 
 
@@ -301,7 +344,7 @@ def _check_optim(key: str, optim: OptimConfig) -> None:
     _require(optim.min_lr <= optim.lr, f"{key}.min_lr={optim.min_lr} is above {key}.lr={optim.lr}")
 
 
-def _check_rollout_batches(config: PolicyGradientConfig) -> None:
+def _check_rollout_batches(config: PolicyConfig) -> None:
     algorithm, longest = config.algorithm, config.rollout.max_new_tokens
     batches, buffer = algorithm.max_rollout_batches, algorithm.overlong_buffer
     assert batches is not None and buffer is not None

@@ -1,5 +1,7 @@
 """From the config to the objective that the actor is trained on."""
 
+from dataclasses import replace
+
 from megatron_rl.config.rules import PolicyConfig
 from megatron_rl.config.schema import (
     AlgorithmConfig,
@@ -42,23 +44,35 @@ def loss_options(algorithm: AlgorithmConfig) -> dict[str, float | None]:
             return {}
 
 
-def policy_objective(config: PolicyGradientConfig) -> PolicyGradient:
+def is_on_policy(config: PolicyConfig) -> bool:
+    """Whether the policy that an update starts from is the current one: the first update of a batch, and its only."""
+    return updates_per_step(config) == 1 and not config.rollout_correction.bypass
+
+
+def policy_gradient(config: PolicyConfig) -> PolicyGradient:
     """The named algorithm with its options filled in."""
     algorithm, correction = config.algorithm, config.rollout_correction
     assert algorithm.loss is not None
-    on_policy = updates_per_step(config) == 1 and not correction.bypass
     return PolicyGradient(
         loss=algorithm.loss.value,
         options=loss_options(algorithm),
         entropy_coeff=algorithm.entropy_coeff,
-        smoother=_smoother(config, on_policy=on_policy),
-        kl_estimator=config.kl.estimator.value if config.kl.where is KLPlace.loss else None,
-        kl_gradient=config.kl.gradient.value,
-        kl_coeff=config.kl.coeff,
         corrected=correction.level is not CorrectionLevel.none,
         opsm_delta=correction.opsm_delta,
         temperature=config.rollout.temperature,
-        on_policy=on_policy,
+        on_policy=is_on_policy(config),
+    )
+
+
+def policy_objective(config: PolicyGradientConfig) -> PolicyGradient:
+    """The algorithm, and what trainers with a reference have beside it: the distance to it, and smoothed weights."""
+    objective = policy_gradient(config)
+    return replace(
+        objective,
+        smoother=_smoother(config, on_policy=objective.on_policy),
+        kl_estimator=config.kl.estimator.value if config.kl.where is KLPlace.loss else None,
+        kl_gradient=config.kl.gradient.value,
+        kl_coeff=config.kl.coeff,
     )
 
 

@@ -52,17 +52,18 @@ def answered(prompt: Prompt, number: int, text: str) -> Rollout:
     [
         ("132", "132", None),
         ("132", " 132", None),
-        ("132", "122", "122: wrong tens"),
-        ("104", "94", "94: wrong tens and hundreds"),
-        ("94", "104", "104: wrong tens and hundreds"),
-        ("99", "88", "88: wrong ones and tens"),
-        ("99", "9", "9: wrong tens"),
-        ("99", "1+2", "1+2: no sum"),
-        ("99", "0099", "0099: no sum"),
-        ("99", "", ": no sum"),
+        ("132", "122", "122: low tens"),
+        ("104", "94", "94: high tens, low hundreds"),
+        ("94", "104", "104: low tens, high hundreds"),
+        ("99", "88", "88: low ones, low tens"),
+        ("99", "9", "9: low tens"),
+        ("99", "1+2", "1+2: no number"),
+        ("99", "099", "099: no number"),
+        ("99", "1099", "1099: no number"),
+        ("99", "", ": no number"),
     ],
 )
-def test_feedback_names_the_wrong_digits(answer: str, response: str, remark: str | None) -> None:
+def test_feedback_names_the_digits_that_are_wrong_and_how(answer: str, response: str, remark: str | None) -> None:
     prompt = Prompt(index=0, text="", token_ids=(1,), row={"answer": answer})
     reward = resolve(f"{EXAMPLE / 'reward.py'}:addition")(prompt, answered(prompt, 0, response))
     assert (reward.value, reward.parts, reward.feedback) == (float(remark is None), {"accuracy": reward.value}, remark)
