@@ -111,11 +111,7 @@ def test_a_batch_without_targets_changes_nothing(pool: Pool, options: list[str],
             marks=pytest.mark.full,
         ),
         ("parallel.dp=2", ["teacher.mode=live", "distill.support=full", "rollout_correction.level=token"]),
-        pytest.param(
-            "parallel.dp=2",
-            ["teacher.schedule=warmup", "teacher.every=step", "reprompt.choice=random"],
-            marks=pytest.mark.full,
-        ),
+        ("parallel.dp=2", ["teacher.schedule=warmup", "teacher.every=step", "reprompt.choice=random"]),
     ],
 )
 def test_a_continued_run_is_the_uninterrupted_one(
@@ -131,9 +127,8 @@ def test_a_continued_run_is_the_uninterrupted_one(
     assert a == b
 
 
-@pytest.mark.parametrize(
-    ("layout", "phase"), [("tp2", "backward"), pytest.param("pp2", "optimizer", marks=pytest.mark.full)]
-)
+@pytest.mark.full
+@pytest.mark.parametrize(("layout", "phase"), [("tp2", "backward"), ("pp2", "optimizer")])
 def test_a_killed_run_goes_on_with_its_teacher(options: list[str], tmp_path: Path, layout: str, phase: str) -> None:
     sys.path.insert(0, str(ROOT / "tools"))
     import kill_matrix

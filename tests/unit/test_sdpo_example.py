@@ -86,7 +86,7 @@ def test_feedback_of_the_cluster_example(response: str, remark: str | None) -> N
     assert (reward.value, reward.feedback) == (float(remark is None), remark)
 
 
-@pytest.mark.parametrize(("name", "micro_batches"), [("sibling", 41), ("feedback", 2)])
+@pytest.mark.parametrize(("name", "micro_batches"), [("sibling", 37), ("feedback", 2)])
 def test_check_accepts_the_cluster_examples(
     name: str, micro_batches: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
