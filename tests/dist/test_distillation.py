@@ -14,7 +14,7 @@ VOCABULARY = 99
 # (world, layout, tokens per micro-batch, columns of the vocabulary at once)
 CUTS: dict[str, tuple[int, dict[str, Any], int, int]] = {
     "tp2": (2, {"tp": 2}, 120, 1024),
-    "tp2_sp": (2, {"tp": 2, "sequence_parallel": True}, 64, 7),
+    "tp2_sp": (2, {"tp": 2, "sequence_parallel": True}, 64, 25),
     "tp4": (4, {"tp": 4}, 64, 1024),
     "pp2": (2, {"pp": 2}, 64, 1024),
     "pp2_vpp2": (2, {"pp": 2, "vpp": 2}, 64, 1024),
