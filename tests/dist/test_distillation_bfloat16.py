@@ -100,7 +100,7 @@ def distilled(student: str, teacher: str, layout: dict, dtype: str) -> tuple[dic
 
 @pytest.mark.parametrize("sizes", [(1, 2), pytest.param((1, 2, 4), marks=pytest.mark.full)])
 def test_the_ids_of_a_bfloat16_model(pool: Pool, tmp_path: Path, record_property: Any, sizes: tuple[int, ...]) -> None:
-    """99% of them are the same under every tensor-parallel size. Where float32 lists others, its logits are almost equal."""
+    """99% of them are the same under every tensor-parallel size. If float32 lists others, logits are almost equal."""
     from transformers import AutoModelForCausalLM
 
     student, teacher = (language_model(tmp_path / name, seed) for seed, name in enumerate(("student", "teacher")))
