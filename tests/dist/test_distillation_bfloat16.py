@@ -56,7 +56,7 @@ def distilled(student: str, teacher: str, layout: dict, dtype: str) -> tuple[dic
     from megatron_rl.config.schema import DType, ModelConfig, OptimConfig
     from megatron_rl.config.sdpo import TeacherConfig, TeacherMode
     from megatron_rl.data.collate import scatter_back
-    from megatron_rl.data.samples import from_example, weighed
+    from megatron_rl.data.samples import from_example, weighed_targets
     from megatron_rl.parallel.mesh import create_mesh
     from megatron_rl.workers.distillation import Distillation
     from megatron_rl.workers.model_worker import ModelWorker
@@ -75,7 +75,8 @@ def distilled(student: str, teacher: str, layout: dict, dtype: str) -> tuple[dic
     reader = Teacher(ModelConfig(path=teacher, dtype=DType(dtype)), TeacherConfig(mode=TeacherMode.frozen), actor)
     draw = torch.Generator().manual_seed(3)
     prompts, responses = (torch.randint(0, VOCABULARY, (SEQUENCES, n), generator=draw).tolist() for n in (8, RESPONSE))
-    samples = weighed([from_example(i, *both) for i, both in enumerate(zip(prompts, responses))], "token-mean")
+    sequences = [from_example(i, *both) for i, both in enumerate(zip(prompts, responses))]
+    samples = weighed_targets(sequences, [1.0] * SEQUENCES, "token-mean")
     plan = actor.plan(samples, 512)
     targets, _ = reader.targets(samples, plan, 512)
     found = {}
