@@ -1,5 +1,6 @@
 """Self-distillation, small: the teacher is there, moves and survives; nothing to learn from changes nothing."""
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 import yaml
 
 from tests.dist.pool import Pool
-from tests.loop.test_trainers import comparable, steps, train
+from tests.loop.test_trainers import comparable, evaluate_run, steps, train
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "sdpo"
@@ -79,7 +80,10 @@ def test_the_teacher_moves_and_is_measured(pool: Pool, options: list[str], tmp_p
         assert {"timing_s/reprompt", "self_distillation/agreement", "actor/entropy"} <= set(row)
     assert [row["teacher/updates"] for row in rows[1:]] == [2, 4, 6, 8]
     assert (tmp_path / "run" / "hf_average" / "model.safetensors").exists()
-    assert "val_average/accuracy" in rows[-1]
+    pool.run(evaluate_run, 1, str(ROOT), CONFIG, [*options, f"run.dir={tmp_path}/run"])
+    report = json.loads((tmp_path / "run" / "eval_00000004.json").read_text())["metrics"]
+    assert report == {name: rows[-1][name] for name in rows[-1] if name.startswith(("val/", "val_average/"))}
+    assert report["val/accuracy"] != report["val_average/accuracy"]
 
 
 def test_a_batch_without_targets_changes_nothing(pool: Pool, options: list[str], tmp_path: Path) -> None:
@@ -110,11 +114,7 @@ def test_a_batch_without_targets_changes_nothing(pool: Pool, options: list[str],
         ("parallel.dp=2", ["teacher.mode=live", "distill.support=full", "rollout_correction.level=token"]),
         # The third batch comes after the checkpoint.
         ("parallel.dp=2", ["teacher.mode=frozen", "teacher.refresh_every=3", "distill.weight=0.5"]),
-        pytest.param(
-            "parallel.dp=2",
-            ["teacher.schedule=warmup", "teacher.every=step", "reprompt.choice=random"],
-            marks=pytest.mark.full,
-        ),
+        ("parallel.dp=2", ["teacher.schedule=warmup", "teacher.every=step", "reprompt.choice=random"]),
     ],
 )
 def test_a_continued_run_is_the_uninterrupted_one(
@@ -190,9 +190,8 @@ def test_success_decides_what_is_distilled(pool: Pool, options: list[str], tmp_p
         assert least <= row["self_distillation/entropy_weight"] < 1
 
 
-@pytest.mark.parametrize(
-    ("layout", "phase"), [("tp2", "backward"), pytest.param("pp2", "optimizer", marks=pytest.mark.full)]
-)
+@pytest.mark.full
+@pytest.mark.parametrize(("layout", "phase"), [("tp2", "backward"), ("pp2", "optimizer")])
 def test_a_killed_run_goes_on_with_its_teacher(options: list[str], tmp_path: Path, layout: str, phase: str) -> None:
     sys.path.insert(0, str(ROOT / "tools"))
     import kill_matrix
