@@ -67,7 +67,7 @@ def distilled(student: str, teacher: str, layout: dict, dtype: str) -> tuple[dic
     class Recorded(Distillation):
         def _divergence(self, tokens: Any) -> Any:
             found = super()._divergence(tokens)
-            chosen.update(scatter_back(found[2].student.topk_ids, tokens.batch))
+            chosen.update(scatter_back(found[1].student.topk_ids, tokens.batch))
             return found
 
     mesh = create_mesh(**layout)
