@@ -60,9 +60,9 @@ POLICY_RULES = (
         figures=("actor/pg_clipfrac",),
         kind=Kind.above,
         limit=0.3,
-        patience=3,
+        patience=10,
         cause="updates are too large for the clip range, so that much of the batch teaches nothing",
-        remedy="lower optim.lr or train.epochs_per_step, or widen algorithm.clip_high",
+        remedy="lower optim.lr or train.epochs_per_step, or widen algorithm.clip_high; gspo clips this much by design",
     ),
     Rule(
         name="stale_rollouts",

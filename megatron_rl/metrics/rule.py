@@ -66,6 +66,12 @@ class Rule:
         """Whether a report counts it as severe."""
         return self.severe or self.action is Action.stop
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Every figure that it looks at."""
+        others = (self.scale, self.against, self.unless[0] if self.unless else "")
+        return (*self.figures, *(name for name in others if name))
+
     def condition(self) -> str:
         """When it fires, as a reader would write it."""
         c, steps = f"{self.limit:g}", f" on {self.patience} steps in a row" if self.patience > 1 else ""

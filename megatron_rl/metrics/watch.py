@@ -24,8 +24,8 @@ class Alarm(NamedTuple):
     threshold: float
 
     @property
-    def message(self) -> str:
-        """What was seen, the likely cause and what to try, in one line."""
+    def seen(self) -> str:
+        """The figure, its value and what that was compared with."""
         rule = self.rule
         side = "below" if self.value < self.threshold else "above"
         seen = f"the mean of {self.figure}" if rule.kind in MEANS else self.figure
@@ -33,10 +33,13 @@ class Alarm(NamedTuple):
             seen = f"the distance of {self.figure} to {rule.against}"
         steps = f" on {rule.patience} steps in a row" if rule.patience > 1 else ""
         # Adding zero makes zero of a negative zero.
-        return (
-            f"step {self.step}: {rule.name}: {seen} is {self.value + 0.0:.4g}, {side} {self.threshold:.4g}{steps}. "
-            f"Likely cause: {rule.cause}. To try: {rule.remedy}"
-        )
+        return f"{seen} is {self.value + 0.0:.4g}, {side} {self.threshold:.4g}{steps}"
+
+    @property
+    def message(self) -> str:
+        """What was seen, the likely cause and what to try, in one line."""
+        rule = self.rule
+        return f"step {self.step}: {rule.name}: {self.seen}. Likely cause: {rule.cause}. To try: {rule.remedy}"
 
 
 class Watch:

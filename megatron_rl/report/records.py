@@ -54,7 +54,8 @@ def _checksums(content: NDArray[np.uint8], starts: NDArray[np.int64], length: in
     for place in range(length):
         state = _WIDE_TABLE[(state ^ content[starts + place]) & 0xFF] ^ state >> 8
     state ^= np.uint32(0xFFFFFFFF)
-    return (state >> 15 | state << 17) + np.uint32(0xA282EAD8)
+    masked: NDArray[np.uint32] = (state >> 15 | state << 17) + np.uint32(0xA282EAD8)
+    return masked
 
 
 class RecordFile:
@@ -91,7 +92,9 @@ class RecordFile:
 
 def _frames(piece: bytes) -> tuple[list[int], list[int], int, bool]:
     """Where the contents of the whole records are, how long, where the last ends, and whether the next is broken."""
-    starts, lengths, place = [], [], 0
+    starts: list[int] = []
+    lengths: list[int] = []
+    place = 0
     while place + _HEADER.size <= len(piece):
         length, check = _HEADER.unpack_from(piece, place)
         if check != _checksum_of_length(length):

@@ -73,7 +73,8 @@ def event_files(directory: Path) -> list[Path]:
     own = [path for path in found if path.parent == directory / "tensorboard"]
     places = sorted({path.parent for path in found})
     if not own and len(places) > 1:
-        shown = ", ".join(str(place) for place in places[:4]) + (", ..." if len(places) > 4 else "")
+        runs = [place.parent if place.name == "tensorboard" else place for place in places]
+        shown = ", ".join(str(place) for place in runs[:4]) + (", ..." if len(places) > 4 else "")
         raise ValueError(f"{directory} holds event files of {len(places)} runs; name one of them: {shown}")
     if not found and not (directory / "metrics.jsonl").is_file():
         raise ValueError(f"{directory} has neither a metrics.jsonl nor TensorBoard event files: there is no run in it")

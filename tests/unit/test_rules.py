@@ -122,7 +122,7 @@ def fault(rule: str) -> tuple[dict[str, float], dict[str, int]]:
         "format_fall": ({"reward/format": 0.5}, {"format_fall": third}),
         "constant_length": ({"response_length/min": 60.0} | unsolved, {"constant_length": ONSET + 4}),
         "is_drift": ({"rollout_corr/rollout_is_mean": 0.6}, {"is_drift": third}),
-        "clip_fraction": ({"actor/pg_clipfrac": 0.4}, {"clip_fraction": third}),
+        "clip_fraction": ({"actor/pg_clipfrac": 0.4}, {"clip_fraction": ONSET + 9}),
         "stale_rollouts": ({"rollout_corr/k3_kl": 0.06}, {"stale_rollouts": third}),
         "rollout_mismatch": ({"training/rollout_probs_diff_mean": 0.02}, {"rollout_mismatch": third}),
         "d_acc_jump": ({"critic/d_acc": 0.99}, {"d_acc_jump": ONSET, "d_acc_saturated": third}),
@@ -315,12 +315,7 @@ def test_figures_and_options_that_rules_name_exist() -> None:
     options = set(_options(GrpoConfig))
     sections = {option.split(".")[0] for option in options}
     for rule in TABLE:
-        for figure in (
-            *rule.figures,
-            *([rule.scale] if rule.scale else []),
-            *([rule.against] if rule.against else []),
-            *([rule.unless[0]] if rule.unless else []),
-        ):
+        for figure in rule.reads:
             assert figure in spelled, (rule.name, figure)
         for name in re.findall(r"\b[a-z_]+\.[a-z_]+\b", f"{rule.remedy} {rule.option}"):
             assert name in options or name.split(".")[0] not in sections, (rule.name, name)
