@@ -35,7 +35,10 @@ class Table(NamedTuple):
 
 
 class Picture(NamedTuple):
+    """`figure` is the name of what is drawn, where that is one figure; `says` is for those who do not see it."""
+
     title: str
+    figure: str
     uri: str
     says: str
 
@@ -124,7 +127,7 @@ def _picture(panel: Panel, runs: Sequence[RunData]) -> Picture | None:
             if len(steps):
                 says.append(f"{name} from {values[0]:.4g} at step {steps[0]} to {values[-1]:.4g} at step {steps[-1]}")
     uri = plot_curves(curves, healthy=panel.healthy, log=panel.log)
-    return Picture(panel.title, uri, "; ".join(says))
+    return Picture(panel.title, shown[0] if len(shown) == 1 else "", uri, "; ".join(says))
 
 
 def _critic_table(run: RunData, name: str, named: bool) -> Table | None:
@@ -147,7 +150,7 @@ def _distributions(runs: Sequence[RunData], names: Sequence[str]) -> Part:
         for key, found in sorted(run.distributions.items()):
             title = f"{key}, {name}" if len(runs) > 1 else key
             says = f"median from {found[0].quantiles[3]:.4g} to {found[-1].quantiles[3]:.4g}"
-            part.pictures.append(Picture(title, plot_distribution(found), says))
+            part.pictures.append(Picture(title, "", plot_distribution(found), says))
     return part
 
 

@@ -30,7 +30,7 @@ LEARNING = Section(
     "Learning",
     "",
     (
-        Panel("Reward", ("critic/score/mean", "critic/score/max", "critic/score/min")),
+        Panel("Reward", ("critic/score/mean",)),
         Panel("Held-out accuracy", ("val/accuracy", "val/pass@*", "val_average/accuracy")),
         Panel("Loss", ("actor/loss", "actor/pg_loss", "sft/loss", "self_distillation/loss")),
         Panel("Entropy", ("actor/entropy", "rollout/entropy")),

@@ -40,7 +40,7 @@ def plot_curves(
         room = healthy[1] - healthy[0]
         panel.set_ylim(min(low, max(healthy[0], low - room)), max(high, min(healthy[1], high + room)))
     if len(curves) > 1:
-        panel.legend(frameon=False, fontsize=7, loc="best")
+        figure.legend(frameon=False, fontsize=7.5, loc="outside upper left", ncols=2)
     return _data_uri(figure)
 
 
@@ -70,7 +70,7 @@ def thinned(curve: Curve) -> Curve:
 
 
 def _blank() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(4.6, 2.5), layout="constrained")
+    figure = Figure(figsize=(4.1, 2.5), layout="constrained")
     panel = figure.subplots()
     panel.set_xlabel("step", color=INK, fontsize=8)
     panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
@@ -78,6 +78,7 @@ def _blank() -> tuple[Figure, Axes]:
     panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)
     panel.tick_params(colors=INK, length=3, labelsize=8)
+    panel.ticklabel_format(axis="y", scilimits=(-3, 5))
     panel.margins(x=0.03)
     return figure, panel
 

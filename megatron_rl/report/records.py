@@ -54,8 +54,7 @@ def _checksums(content: NDArray[np.uint8], starts: NDArray[np.int64], length: in
     for place in range(length):
         state = _WIDE_TABLE[(state ^ content[starts + place]) & 0xFF] ^ state >> 8
     state ^= np.uint32(0xFFFFFFFF)
-    masked: NDArray[np.uint32] = (state >> 15 | state << 17) + np.uint32(0xA282EAD8)
-    return masked
+    return ((state >> 15 | state << 17) + np.uint32(0xA282EAD8)).astype(np.uint32)
 
 
 class RecordFile:
