@@ -116,12 +116,11 @@ def _not_finite(run: RunData) -> Iterator[Gap]:
 
 
 def _common_steps(run: RunData) -> NDArray[np.int64]:
-    """Steps that at least half of the figures have."""
+    """Steps with at least half as many figures as most."""
     if not run.curves:
         return np.empty(0, np.int64)
     steps, counts = np.unique(np.concatenate([curve.steps for curve in run.curves.values()]), return_counts=True)
-    most = counts.max()
-    return steps[counts * 2 >= most]
+    return steps[counts * 2 >= np.median(counts)]
 
 
 def _gaps_in(steps: NDArray[np.int64]) -> list[tuple[int, int]]:

@@ -87,5 +87,7 @@ def _data_uri(figure: Figure) -> str:
     """The figure as an SVG that is the same for the same figure."""
     picture = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "megatron-rl"}):
-        figure.savefig(picture, format="svg", facecolor="white", metadata={"Date": None})
+        figure.savefig(
+            picture, format="svg", facecolor="white", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        )
     return "data:image/svg+xml;base64," + base64.b64encode(picture.getvalue()).decode()
