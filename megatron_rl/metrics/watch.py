@@ -32,8 +32,12 @@ class Alarm(NamedTuple):
         if rule.kind is Kind.close:
             seen = f"the distance of {self.figure} to {rule.against}"
         steps = f" on {rule.patience} steps in a row" if rule.patience > 1 else ""
+        reason = {
+            Kind.jump: f", which is {rule.limit:g} more than the value before",
+            Kind.drift: f", which is {rule.limit:g} from its first value",
+        }.get(rule.kind, "")
         # Adding zero makes zero of a negative zero.
-        return f"{seen} is {self.value + 0.0:.4g}, {side} {self.threshold:.4g}{steps}"
+        return f"{seen} is {self.value + 0.0:.4g}, {side} {self.threshold:.4g}{reason}{steps}"
 
     @property
     def message(self) -> str:

@@ -15,17 +15,16 @@ from megatron_rl.report.verdict import Row, is_critic_run, verdict
 
 _MOST_ROWS = 40
 _MOST_TEXT = 6000
-_CRITIC_COLUMNS = (
-    ("d_acc", "critic/d_acc"),
-    ("score_diff", "critic/score_diff"),
-    ("teacher mean", "critic/teacher_value_mean"),
-    ("teacher std", "critic/teacher_value_std"),
-    ("teacher min", "critic/teacher_value_min"),
-    ("teacher max", "critic/teacher_value_max"),
-    ("student mean", "critic/student_value_mean"),
-    ("student std", "critic/student_value_std"),
-    ("student min", "critic/student_value_min"),
-    ("student max", "critic/student_value_max"),
+# What the critic's table shows; of two figures their range.
+_CRITIC_COLUMNS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("d_acc", ("critic/d_acc",)),
+    ("score_diff", ("critic/score_diff",)),
+    ("teacher mean", ("critic/teacher_value_mean",)),
+    ("std", ("critic/teacher_value_std",)),
+    ("range", ("critic/teacher_value_min", "critic/teacher_value_max")),
+    ("student mean", ("critic/student_value_mean",)),
+    ("std", ("critic/student_value_std",)),
+    ("range", ("critic/student_value_min", "critic/student_value_max")),
 )
 
 
@@ -104,7 +103,8 @@ def _facts(run: RunData) -> str:
     asked = run.config.get("train")
     total = f" of {asked['steps']}" if isinstance(asked, dict) and "steps" in asked else ""
     until = f"steps {steps[0]} to {steps[-1]}{total}, " if len(steps) else "no steps, "
-    return f"{trainer}{until}{len(run.curves)} figures, {count:,} values from {len(run.files)} files ({size:.1f} MB)"
+    files = "1 file" if len(run.files) == 1 else f"{len(run.files)} files"
+    return f"{trainer}{until}{len(run.curves)} figures, {count:,} values from {files} ({size:.2f} MB)"
 
 
 def _part(section: Section, runs: Sequence[RunData], names: Sequence[str]) -> Part:
@@ -119,28 +119,32 @@ def _picture(panel: Panel, runs: Sequence[RunData]) -> Picture | None:
     shown = list(dict.fromkeys(name for run in runs for name in present(panel, run)))
     if not shown:
         return None
-    curves = {name: [run.curves[name] for run in runs if name in run.curves] for name in shown}
-    says = []
-    for name, of_runs in curves.items():
-        for curve in of_runs:
-            steps, values = curve.finite()
-            if len(steps):
-                says.append(f"{name} from {values[0]:.4g} at step {steps[0]} to {values[-1]:.4g} at step {steps[-1]}")
+    curves = {name: [run.curves.get(name) for run in runs] for name in shown}
+    measured = [(name, curve.finite()) for name, of_runs in curves.items() for curve in of_runs if curve is not None]
+    says = [
+        f"{name} from {values[0]:.4g} at step {steps[0]} to {values[-1]:.4g} at step {steps[-1]}"
+        for name, (steps, values) in measured
+        if len(steps)
+    ]
     uri = plot_curves(curves, healthy=panel.healthy, log=panel.log)
     return Picture(panel.title, shown[0] if len(shown) == 1 else "", uri, "; ".join(says))
 
 
 def _critic_table(run: RunData, name: str, named: bool) -> Table | None:
     """By step; of a long run about forty steps, the first ten and the last among them."""
-    columns = [(label, key) for label, key in _CRITIC_COLUMNS if key in run.curves]
+    columns = [(label, keys) for label, keys in _CRITIC_COLUMNS if all(key in run.curves for key in keys)]
     if not columns:
         return None
-    steps = np.unique(np.concatenate([run.curves[key].steps for _, key in columns]))
+    curves = {key: run.curves[key] for _, keys in columns for key in keys}
+    steps = np.unique(np.concatenate([curve.steps for curve in curves.values()]))
     if len(steps) > _MOST_ROWS:
         later = np.linspace(10, len(steps) - 1, _MOST_ROWS - 10).round().astype(int)
         steps = steps[np.concatenate([np.arange(10), later])]
-    values = {key: dict(zip(run.curves[key].steps.tolist(), run.curves[key].values.tolist())) for _, key in columns}
-    rows = [[str(step), *(_number(values[key].get(step)) for _, key in columns)] for step in steps.tolist()]
+    values = {key: dict(zip(curve.steps.tolist(), curve.values.tolist())) for key, curve in curves.items()}
+    rows = [
+        [str(step), *(" to ".join(_number(values[key].get(step)) for key in keys) for _, keys in columns)]
+        for step in steps.tolist()
+    ]
     return Table([f"step of {name}" if named else "step", *(label for label, _ in columns)], rows)
 
 

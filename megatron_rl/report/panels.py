@@ -22,7 +22,7 @@ class Section(NamedTuple):
 
 
 _LENGTH = RULES["length_corr"].limit
-_HARD = RULES["hard_samples"].limit
+_HARD = RULES["hard_samples"].limit, 0.15
 _ACCURACY = RULES["d_acc_low"].limit, RULES["d_acc_saturated"].limit
 _DIFFERENCE = RULES["score_diff_low"].limit, RULES["score_diff_high"].limit
 
@@ -92,7 +92,7 @@ ROLLOUTS = Section(
 HARD = Section(
     "Hard samples",
     "Pairs whose scores are less than 0.1 apart.",
-    (Panel("Share of hard samples", ("critic/hard_sample_ratio",), (_HARD, 1.0)),),
+    (Panel("Share of hard samples", ("critic/hard_sample_ratio",), _HARD),),
 )
 THROUGHPUT = Section(
     "Throughput",

@@ -20,25 +20,26 @@ _HEALTHY = "#d9ead3"
 
 
 def plot_curves(
-    curves: Mapping[str, Sequence[Curve]], *, healthy: tuple[float, float] | None = None, log: bool = False
+    curves: Mapping[str, Sequence[Curve | None]], *, healthy: tuple[float, float] | None = None, log: bool = False
 ) -> str:
-    """Curves by name; of each name the first run is solid, a second one dashed."""
+    """Curves by name; of each name the first run's is solid, a second one's dashed; None where it has none."""
     figure, panel = _blank()
+    drawn = [curve.finite().values for of_runs in curves.values() for curve in of_runs if curve is not None]
     for place, (name, of_runs) in enumerate(curves.items()):
-        color = COLORS[place % len(COLORS)]
+        color, label = COLORS[place % len(COLORS)], name
         for curve, style in zip(of_runs, ("-", "--")):
+            if curve is None:
+                continue
             steps, values = thinned(curve)
             marker = "o" if len(steps) == 1 else ""
-            label = name if style == "-" or len(of_runs) == 1 else None
             panel.plot(steps, values, style, color=color, linewidth=1.4, marker=marker, markersize=4, label=label)
-    if log and all((curve.finite().values > 0).all() for of_runs in curves.values() for curve in of_runs):
+            label = "_"  # matplotlib leaves such a label out of the legend
+    if log and all((values > 0).all() for values in drawn):
         panel.set_yscale("log")
     if healthy is not None:
-        # The band shows where values should be; it does not stretch the axis beyond what was measured nearby.
         low, high = panel.get_ylim()
         panel.axhspan(*healthy, color=_HEALTHY, zorder=0, linewidth=0)
-        room = healthy[1] - healthy[0]
-        panel.set_ylim(min(low, max(healthy[0], low - room)), max(high, min(healthy[1], high + room)))
+        panel.set_ylim(min(low, healthy[0]), max(high, healthy[1]))
     if len(curves) > 1:
         figure.legend(frameon=False, fontsize=7.5, loc="outside upper left", ncols=2)
     return _data_uri(figure)

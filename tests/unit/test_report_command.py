@@ -56,12 +56,16 @@ class Reader(HTMLParser):
 
 
 def healthy_run(
-    directory: Path, answer: str = "| prompt | response |\n|---|---|\n| 1+1= | 2 |", lr: float = 1e-4
+    directory: Path,
+    answer: str = "| prompt | response |\n|---|---|\n| 1+1= | 2 |",
+    *,
+    lr: float = 1e-4,
+    shown: tuple[str, ...] = ("",),
 ) -> Path:
-    """A run directory as a run leaves it."""
+    """A run directory as a run leaves it, with the figures whose names begin so."""
     with Writer(directory, 30, "grpo") as writer:
         for step, row in enumerate(healthy(30), 1):
-            scalars = {name: value for name, value in row.items() if value is not None and "critic/d_" not in name}
+            scalars = {name: value for name, value in row.items() if value is not None and name.startswith(shown)}
             scores = np.random.default_rng(step).normal(size=64).tolist()
             writer.log(step, scalars, {"critic/score": scores} if step % 5 == 0 else {})
         writer.text(30, "val/answers", answer)
@@ -98,10 +102,10 @@ def test_a_sick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [found["class"] for tag, found in page.tags if tag == "td" and "class" in found] == ["mark fail"] * 5
     assert text.count("| fail |") == 5
     # The critic's table: a row for each step.
-    assert "| step | d_acc | score_diff | teacher mean |" in text
+    assert "| step | d_acc | score_diff | teacher mean | std | range | student mean | std | range |" in text
     rows = [line.split(" | ") for line in text.splitlines() if re.match(r"\| \d+ \|", line)]
     assert [row[0] for row in rows] == [f"| {step}" for step in range(1, 13)]
-    assert rows[0][7] == "1.03" and rows[9][7] == "-0.67"
+    assert rows[0][5:8] == ["-1 to 3.5", "1.03", "0.8"] and rows[9][6] == "-0.67"
 
 
 def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
@@ -133,7 +137,8 @@ def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
 
 
 def test_two_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    one, other = healthy_run(tmp_path / "one"), healthy_run(tmp_path / "other", lr=3e-4)
+    few = ("critic/score", "actor/entropy")
+    one, other = healthy_run(tmp_path / "one", shown=few), healthy_run(tmp_path / "other", lr=3e-4, shown=few)
     assert main(["report", str(one), str(other)]) == 0
     page, text = (one / "report.html").read_text(), (one / "report.md").read_text()
     assert not (other / "report.md").exists()
@@ -146,9 +151,7 @@ def test_two_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(one), str(tmp_path / "sick")]) == 1
     said = capsys.readouterr().out
     assert "one: nothing was found" in said and "sick: severe" in said
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    same = [healthy_run(tmp_path / "a" / "run"), healthy_run(tmp_path / "b" / "run")]
+    same = [healthy_run(tmp_path / name / "run", shown=few) for name in ("a", "b")]
     assert main(["report", *map(str, same)]) == 0
     text = (same[0] / "report.md").read_text()
     assert text.startswith("# a/run and b/run\n") and "| none |  |  |" in text

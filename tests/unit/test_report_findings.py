@@ -3,12 +3,13 @@
 import json
 import math
 import random
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
-from megatron_rl.metrics.rules import RULES
+from megatron_rl.metrics.rules import RULES, TABLE, Action
 from megatron_rl.report.findings import Severity, findings
 from megatron_rl.report.series import our_names, read_run
 from megatron_rl.report.verdict import Result, is_critic_run, verdict
@@ -247,3 +248,11 @@ def test_the_tenth_step_is_not_guessed(tmp_path: Path) -> None:
     assert verdict(read_run(tmp_path / "rare"))[1].result is Result.unknown
     write_scalars(tmp_path / "fourth", ((step, {"critic/d_acc": step / 10}) for step in range(0, 21, 4)))
     assert verdict(read_run(tmp_path / "fourth"))[1].number == "80.0% at step 8"
+
+
+def test_the_documentation_names_what_is_severe() -> None:
+    page = " ".join((Path(__file__).parents[2] / "docs" / "report.md").read_text().split())
+    named = re.search(r"Severe are the rules that stop a run, and (.*?)\. The others", page)
+    assert named is not None
+    severe = [rule.name for rule in TABLE if rule.is_severe and rule.action is not Action.stop]
+    assert re.findall(r"`(\w+)`", named[1]) == severe
