@@ -86,6 +86,13 @@ def _of_alarms(run: RunData, alarms: list[Alarm]) -> Finding:
         evidence += f"; again at step {', '.join(again)}{more} ({len(alarms)} times)"
     curve = run.curves[figure].finite()
     evidence += f"; it is {curve.values[-1]:.4g} at the last step, {curve.steps[-1]}"
+    kept = [
+        row["samples"]
+        for row in run.alarms
+        if (row.get("rule"), row.get("figure")) == (first.rule.name, figure) and "samples" in row
+    ]
+    if kept:
+        evidence += f"; samples of the step are in {', '.join(map(str, kept[:_SHOWN_STEPS]))}"
     rule = first.rule
     return Finding(
         name=rule.name,

@@ -30,7 +30,7 @@ class Gap(NamedTuple):
 
 def gaps(run: RunData) -> list[Gap]:
     """All that a run has."""
-    steps = run.steps()
+    steps = run.steps
     return [*_missing_steps(steps), *_early_ends(run, steps), *_holes(run), *_not_finite(run)]
 
 

@@ -96,7 +96,7 @@ def run_names(runs: Sequence[RunData]) -> list[str]:
 
 
 def _facts(run: RunData) -> str:
-    steps = run.steps()
+    steps = run.steps
     size = sum(path.stat().st_size for path in run.files) / 1e6
     count = sum(len(curve.steps) for curve in run.curves.values())
     trainer = f"trainer {run.config['trainer']}, " if isinstance(run.config.get("trainer"), str) else ""
@@ -126,7 +126,8 @@ def _picture(panel: Panel, runs: Sequence[RunData]) -> Picture | None:
         for name, (steps, values) in measured
         if len(steps)
     ]
-    uri = plot_curves(curves, healthy=panel.healthy, log=panel.log)
+    steps = np.concatenate([run.steps[[0, -1]] for run in runs if run.curves])
+    uri = plot_curves(curves, steps=(int(steps.min()), int(steps.max())), healthy=panel.healthy, log=panel.log)
     return Picture(panel.title, shown[0] if len(shown) == 1 else "", uri, "; ".join(says))
 
 

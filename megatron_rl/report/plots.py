@@ -20,9 +20,16 @@ _HEALTHY = "#d9ead3"
 
 
 def plot_curves(
-    curves: Mapping[str, Sequence[Curve | None]], *, healthy: tuple[float, float] | None = None, log: bool = False
+    curves: Mapping[str, Sequence[Curve | None]],
+    *,
+    steps: tuple[int, int],
+    healthy: tuple[float, float] | None = None,
+    log: bool = False,
 ) -> str:
-    """Curves by name; of each name the first run's is solid, a second one's dashed; None where it has none."""
+    """Curves by name, from the first to the last of `steps`, so that one which ends early is seen to.
+
+    Of each name the first run's is solid and a second one's dashed; None where it has none.
+    """
     figure, panel = _blank()
     drawn = [curve.finite().values for of_runs in curves.values() for curve in of_runs if curve is not None]
     for place, (name, of_runs) in enumerate(curves.items()):
@@ -30,12 +37,14 @@ def plot_curves(
         for curve, style in zip(of_runs, ("-", "--")):
             if curve is None:
                 continue
-            steps, values = thinned(curve)
-            marker = "o" if len(steps) == 1 else ""
-            panel.plot(steps, values, style, color=color, linewidth=1.4, marker=marker, markersize=4, label=label)
+            shown = thinned(curve)
+            marker = "o" if len(shown.steps) == 1 else ""
+            panel.plot(*shown, style, color=color, linewidth=1.4, marker=marker, markersize=4, label=label)
             label = "_"  # matplotlib leaves such a label out of the legend
     if log and all((values > 0).all() for values in drawn):
         panel.set_yscale("log")
+    room = 0.03 * (steps[1] - steps[0]) or 0.5
+    panel.set_xlim(steps[0] - room, steps[1] + room)
     if healthy is not None:
         low, high = panel.get_ylim()
         panel.axhspan(*healthy, color=_HEALTHY, zorder=0, linewidth=0)
@@ -78,7 +87,7 @@ def _blank() -> tuple[Figure, Axes]:
     panel.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)
-    panel.tick_params(colors=INK, length=3, labelsize=8)
+    panel.tick_params(which="both", colors=INK, length=3, labelsize=8)
     panel.ticklabel_format(axis="y", scilimits=(-3, 5))
     panel.margins(x=0.03)
     return figure, panel

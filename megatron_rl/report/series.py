@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,6 +48,7 @@ class RunData:
     def name(self) -> str:
         return self.directory.resolve().name
 
+    @cached_property
     def steps(self) -> NDArray[np.int64]:
         """Every step that any figure has."""
         return np.unique(np.concatenate([np.empty(0, np.int64), *(curve.steps for curve in self.curves.values())]))
@@ -55,7 +57,7 @@ class RunData:
         """Each step with those of the figures that it has."""
         here = {name: self.curves[name] for name in names if name in self.curves}
         places = dict.fromkeys(here, 0)
-        for step in self.steps().tolist():
+        for step in self.steps.tolist():
             row = {}
             for name, (steps, values) in here.items():
                 place = places[name]

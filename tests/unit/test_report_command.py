@@ -218,11 +218,18 @@ def test_pictures_of_hard_cases() -> None:
     nothing = Curve(np.arange(3), np.full(3, np.nan))
     point = Curve(np.array([7]), np.array([0.0]))
     for picture in (
-        plot_curves({"a": [nothing]}, healthy=(0.0, 1.0)),
-        plot_curves({"a": [point, point], "b": [nothing]}, log=True),
+        plot_curves({"a": [nothing]}, steps=(0, 3), healthy=(0.0, 1.0)),
+        plot_curves({"a": [point, point], "b": [nothing]}, steps=(7, 7), log=True),
         plot_distribution([Distribution(1, [0.0] * 7)]),
     ):
         assert base64.b64decode(picture.split(",")[1]).rstrip().endswith(b"</svg>")
+
+
+def test_the_second_run_is_dashed_also_where_it_is_alone() -> None:
+    curve = Curve(np.arange(3), np.arange(3.0))
+    for of_runs, dashed in (([curve, None], False), ([None, curve], True), ([curve, curve], True)):
+        drawing = base64.b64decode(plot_curves({"a": of_runs}, steps=(0, 3)).split(",")[1])
+        assert (b"stroke-dasharray" in drawing) is dashed
 
 
 def test_a_broken_config_is_told_of(tmp_path: Path) -> None:

@@ -183,6 +183,14 @@ def test_the_options_and_alarms_of_the_run_count(tmp_path: Path) -> None:
     assert "step 9: rollout/log_prob_gap_max is 0.5, its threshold 0.25" in finding.evidence
 
 
+def test_samples_that_guards_kept_are_named(tmp_path: Path) -> None:
+    write_lines(tmp_path, {step: {"actor/grad_norm": 50.0 if step == 15 else 1.0} for step in range(1, 19)})
+    alarm = {"step": 15, "rule": "grad_spike", "figure": "actor/grad_norm", "samples": "samples_00000015.json"}
+    (tmp_path / "alarms.jsonl").write_text(json.dumps(alarm) + "\n")
+    ((finding,),) = found_in(tmp_path).values()
+    assert finding.evidence.endswith("samples of the step are in samples_00000015.json")
+
+
 def test_a_rhythm_of_its_own_is_no_gap(tmp_path: Path) -> None:
     """Figures of every fifth step, of some steps only, of the first step; and a run that logs every tenth."""
     rows: Rows = {}
