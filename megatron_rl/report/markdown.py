@@ -1,5 +1,6 @@
 """A report as Markdown: all that it says, in words and tables; the pictures are in the HTML file."""
 
+import re
 from collections.abc import Iterator
 
 from megatron_rl.report.page import Page, Part, Table
@@ -45,7 +46,8 @@ def _part(part: Part) -> Iterator[str]:
         if sample.table:
             yield from _grid(sample.table)
         else:
-            fence = "````" if "```" in sample.text else "```"
+            longest = max((len(run) for run in re.findall("`+", sample.text)), default=0)
+            fence = "`" * max(3, longest + 1)
             yield from (fence, sample.text, fence, "")
 
 

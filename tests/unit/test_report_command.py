@@ -110,7 +110,7 @@ def test_a_sick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
     """No address but its own pictures and places; it fits a phone; what a model wrote stays text."""
-    nasty = "a <script>alert(1)</script> & <img src=http://example.org/x.png>"
+    nasty = "a <script>alert(1)</script> & <img src=http://example.org/x.png> ````python"
     run = healthy_run(tmp_path / "mine", nasty)
     assert main(["report", str(run)]) == 0
     source = (run / "report.html").read_text()
@@ -132,6 +132,7 @@ def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
         drawing = base64.b64decode(picture.split(",")[1]).decode()
         assert not re.search(r"(href|src)=\"(?!#)|url\((?!#)|<script|<image", drawing)
     assert all(found.get("alt") for tag, found in page.tags if tag == "img")
+    assert f"`````\n{nasty}\n`````\n" in (run / "report.md").read_text()
     # Outside of what the model wrote there is no address.
     assert re.findall(r"https?:", source.replace("http://example.org", "")) == []
 

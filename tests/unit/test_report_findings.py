@@ -23,7 +23,7 @@ VERL = {
     "critic/teacher_value_mean": "critic/teacher_score_mean",
     "rollout_corr/rollout_is_mean": "mismatch/rollout_is_mean",
     "rollout_corr/k3_kl": "mismatch/mismatch_k3_kl",
-    "reward/format": "reward/format_reward/mean",
+    "reward/format": "critic/format_reward/mean",
     "val/accuracy": "val-core/gsm8k/acc/mean@1",
 }
 # What verl does not log at all.
