@@ -2,9 +2,9 @@
 
     python tools/sweep.py tools/sweeps/layouts.yaml
 
-A sweep names a config, `a.b=c` overrides for all cases and for each, and seeds. Every run that ends appends its steps
-to `curves.csv` in the sweep's folder of results; a run that is there already is not run again, so that an interrupted
-sweep goes on where it stopped. `summary.md` and `curves.png` beside it are made anew each time.
+A sweep names a config, or several by case, `a.b=c` overrides for all cases and for each, and seeds. Every run that ends
+appends its steps to `curves.csv` in the sweep's folder of results; a run that is there already is not run again, so
+that an interrupted sweep goes on where it stopped. `summary.md` and `curves.png` beside it are made anew each time.
 """
 
 import argparse
@@ -56,6 +56,12 @@ def run_directory(sweep: dict[str, Any], case: str, seed: int) -> Path:
     return Path(sweep["runs"]) / f"{case.replace(' ', '_')}_{seed}"
 
 
+def config_of(sweep: dict[str, Any], case: str) -> Path:
+    """`config` is one file, or a table of them by case."""
+    config = sweep["config"]
+    return Path(config[case] if isinstance(config, dict) else config)
+
+
 def run_sweep(path: Path) -> None:
     """Runs what the table of results lacks, and draws it."""
     sweep = yaml.safe_load(path.read_text())
@@ -69,7 +75,7 @@ def run_sweep(path: Path) -> None:
                 continue
             print(f"\n== {path.stem}: {case}, seed {seed}", flush=True)
             options = [*sweep.get("options", []), *overrides, f"train.seed={seed}"]
-            append(table, case, seed, run(Path(sweep["config"]), options, run_directory(sweep, case, seed)))
+            append(table, case, seed, run(config_of(sweep, case), options, run_directory(sweep, case, seed)))
     (results / "summary.md").write_text(summary(table))
     plot_comparison(table, results / "curves.png", title=sweep["title"])
     print(f"\n{table}\n{results / 'curves.png'}")

@@ -80,13 +80,11 @@ def add_without_carrying(a: int, b: int) -> str:
 
 
 def wrong_answer(a: int, b: int, generator: random.Random) -> str:
-    """The careless one; where no carry is needed, and now and then elsewhere, one digit is another."""
-    answer, careless = add(a, b), add_without_carrying(a, b)
-    if careless != answer and generator.random() < 0.8:
-        return careless
-    place = generator.randrange(len(answer))
-    digit = generator.choice([other for other in string.digits if other != answer[place]])
-    return answer[:place] + digit + answer[place + 1 :]
+    """Often a carry too few or too many, else a digit that is off by a little."""
+    carry = 10 if add(a, b) == add_without_carrying(a, b) else -10
+    others = [step * place for step in (-3, -2, -1, 1, 2, 3) for place in (1, 10)]
+    off = carry if generator.random() < 0.5 else generator.choice(others)
+    return str(abs(a + b + off))
 
 
 def problem(a: int, b: int, solution: str | None = None, remark: str | None = None) -> dict[str, str]:

@@ -5,7 +5,7 @@ prompt and lets it read the policy's own response. The policy (the student) lear
 there. Log-probabilities of both at the same k ids come from the vocabulary operator; this module makes a loss of them.
 
 Flat tensors over the tokens that bear loss. The loss of a batch is `sum(weights * loss)`, with the weights of
-`algorithms/reduction.py`.
+`algorithms/reduction.py`, which the weights of responses and of tokens at the end of this module may multiply.
 """
 
 from typing import Literal, NamedTuple
@@ -112,3 +112,35 @@ def off_policy(
     if rollout_weights is not None:
         loss = loss * rollout_weights.detach()
     return DistillationLoss(loss, ratio, clipped)
+
+
+def pass_rate_weights(rewards: Tensor, group_ids: Tensor, targets: Tensor, *, threshold: float) -> Tensor:
+    """What each response's distillation counts, [n] float64: most where its question is answered right now and then.
+
+        w_i = s_i / mean of s over the targets,    s_i = sqrt(p (1 - p))
+
+    with p the share of the group's judged responses whose reward is at least the threshold: SC-SDPO (Liu et al., arXiv
+    2605.27765). `rewards` and `group_ids` are as in algorithms/advantages.py, `targets` [n] bool says which responses
+    have a teacher. Over those, of the whole rollout batch, the mean of the weights is 1. A question that is always
+    answered right, or never, weighs 0; if all of them do, all weights are 0, and there is nothing to distil.
+    """
+    rewards = rewards.detach().double()
+    judged = ~rewards.isnan()
+    successes, counts = (
+        torch.zeros(int(group_ids.max()) + 1, dtype=torch.float64).index_add_(0, group_ids, flags.double())
+        for flags in (judged & (rewards >= threshold), judged)
+    )
+    rate = (successes / counts.clamp(min=1))[group_ids]
+    spread = (rate * (1 - rate)).sqrt()
+    total = spread[targets].sum()
+    return spread * targets.sum() / total if total > 0 else torch.zeros_like(spread)
+
+
+def entropy_weights(entropy: Tensor, beta: float) -> Tensor:
+    """exp(-beta H), [N], of the teacher's entropy H in nats over the whole vocabulary, without a gradient.
+
+    A teacher that is unsure says little: after the idea of SRPO (Li et al., arXiv 2604.02288) and EGRSD (arXiv
+    2605.13255). The weights are not normalised, so that none depends on another token: the loss gets smaller, and a
+    learning rate may be raised.
+    """
+    return (-beta * entropy.detach()).exp()

@@ -11,66 +11,20 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from megatron_rl.config.algorithms import ALGORITHM_DEFAULTS
 from megatron_rl.config.layers import Layer, file_layers, override_layer, plain
 from megatron_rl.config.rules import Config, ConfigError, check
 from megatron_rl.config.schema import (
     SCHEMAS,
-    Advantage,
-    Algorithm,
     DType,
     EmaAxis,
     EmaGradient,
     GrpoConfig,
-    Loss,
     SdpoConfig,
     SftConfig,
 )
 
-# What a named algorithm is where the config leaves an option open: GRPO's values, and what each paper has otherwise.
-GRPO: dict[str, Any] = {
-    "advantage": Advantage.grpo,
-    "loss": Loss.ppo_clip,
-    "clip_low": 0.2,
-    "clip_high": 0.2,
-    "dual_clip": 3.0,
-    "normalize_by_std": True,
-    "aggregation": "token-mean",
-    "max_rollout_batches": 1,
-    "overlong_buffer": 0,
-    "drop_truncated": False,
-}
 MOST_TEACHER_TOKENS = 10240  # as in the code of SDPO's authors
-WITHOUT_STD = GRPO | {"normalize_by_std": False, "aggregation": "seq-mean-token-sum-norm"}
-BY_SEQUENCE = GRPO | {"dual_clip": 0.0, "aggregation": "seq-mean-token-mean"}
-ALGORITHM_DEFAULTS: dict[Algorithm, dict[str, Any]] = {
-    # Shao et al., 2024; token mean and dual clip as in verl.
-    Algorithm.grpo: GRPO,
-    # Liu et al., 2025.
-    Algorithm.dr_grpo: WITHOUT_STD,
-    # Yu et al., 2025: clip higher, refill silent groups, and a soft limit on length (a fifth of it, as in the paper).
-    Algorithm.dapo: GRPO | {"clip_high": 0.28, "max_rollout_batches": 10, "overlong_buffer": None},
-    # Zheng et al., 2025.
-    Algorithm.gspo: BY_SEQUENCE | {"loss": Loss.gspo, "clip_low": 3e-4, "clip_high": 4e-4},
-    # MiniMax-M1, 2025, with the cap of ScaleRL.
-    Algorithm.cispo: GRPO | {"loss": Loss.cispo, "clip_low": 1.0, "clip_high": 4.0},
-    # Gao et al., 2025.
-    Algorithm.sapo: BY_SEQUENCE | {"loss": Loss.sapo},
-    # Zhao et al., 2025.
-    Algorithm.gmpo: BY_SEQUENCE | {"loss": Loss.geo_mean, "clip_low": 0.4, "clip_high": 0.4},
-    # Qi et al., 2026.
-    Algorithm.dppo_tv: WITHOUT_STD | {"loss": Loss.dppo_tv, "clip_low": 0.15, "clip_high": 0.15},
-    Algorithm.dppo_kl: WITHOUT_STD | {"loss": Loss.dppo_kl, "clip_low": 0.05, "clip_high": 0.05},
-    # Richemond et al., 2024.
-    Algorithm.dro: GRPO | {"loss": Loss.dro},
-    # Chu et al., 2025.
-    Algorithm.gpg: GRPO | {"advantage": Advantage.gpg, "loss": Loss.reinforce},
-    # Other comparisons under GRPO's clipped loss: Ahmadian et al., 2024; Hao et al., 2025; Li et al., 2023; Tang et
-    # al., 2025; Hu et al., 2025.
-    **{
-        Algorithm(name): GRPO | {"advantage": Advantage(name)}
-        for name in ("rloo", "opo", "remax", "pass_at_k", "reinforce_plus_plus", "reinforce_plus_plus_baseline")
-    },
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,17 +149,17 @@ def save_config(config: Config, path: str | Path) -> None:
 def _complete(config: Config) -> list[str]:
     """Fills what was left open: the named algorithm's own values, the tolerance that fits the precision."""
     filled = []
-    if isinstance(config, GrpoConfig):
+    if not isinstance(config, SftConfig):
         for key, value in ALGORITHM_DEFAULTS[config.algorithm.name].items():
             if getattr(config.algorithm, key) is None:
                 if key == "overlong_buffer" and value is None:
                     value = config.rollout.max_new_tokens // 5
                 setattr(config.algorithm, key, value)
                 filled.append(f"algorithm.{key}")
-        if config.ema.gradient is None:
-            by_step = config.ema.axis is EmaAxis.step
-            config.ema.gradient = EmaGradient.current if by_step else EmaGradient.full
-            filled.append("ema.gradient")
+    if isinstance(config, GrpoConfig) and config.ema.gradient is None:
+        by_step = config.ema.axis is EmaAxis.step
+        config.ema.gradient = EmaGradient.current if by_step else EmaGradient.full
+        filled.append("ema.gradient")
     if isinstance(config, SdpoConfig) and config.reprompt.max_tokens is None:
         room = config.train.max_tokens_per_micro_batch - config.rollout.max_new_tokens
         config.reprompt.max_tokens = min(MOST_TEACHER_TOKENS, room)

@@ -5,8 +5,10 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from megatron_rl.config.algorithms import GRPO
 from megatron_rl.config.schema import (
     Advantage,
+    AlgorithmConfig,
     AverageConfig,
     CorrectionLevel,
     EmaAxis,
@@ -19,7 +21,7 @@ from megatron_rl.config.schema import (
     SdpoConfig,
     SftConfig,
 )
-from megatron_rl.config.sdpo import DistillLoss
+from megatron_rl.config.sdpo import DistillLoss, TeacherMode
 
 PolicyConfig = GrpoConfig | SdpoConfig
 Config = SftConfig | PolicyConfig
@@ -208,9 +210,15 @@ def _check_sdpo(config: SdpoConfig) -> None:
         f"distill.loss=sampled_token estimates the reverse KL and needs distill.alpha=1, not {distill.alpha}",
     )
     _require(
-        config.rollout_correction.opsm_delta is None,
-        "rollout_correction.opsm_delta asks for advantages, and sdpo has none: remove it",
+        distill.entropy_weighting >= 0,
+        f"distill.entropy_weighting={distill.entropy_weighting} must not be negative; 0 weighs all tokens alike",
     )
+    _require(0 <= distill.weight <= 1, f"distill.weight={distill.weight} must be between 0 and 1")
+    _check_refresh(config)
+    if distill.weight < 1:
+        _check_algorithm(config)
+    else:
+        _check_no_policy_loss(config)
     assert reprompt.max_tokens is not None
     _require(
         reprompt.max_tokens > 0,
@@ -224,8 +232,38 @@ def _check_sdpo(config: SdpoConfig) -> None:
     )
 
 
-def _check_grpo(config: GrpoConfig) -> None:
-    algorithm, kl = config.algorithm, config.kl
+def _check_refresh(config: SdpoConfig) -> None:
+    teacher = config.teacher
+    _require(
+        teacher.refresh_every >= 0, f"teacher.refresh_every={teacher.refresh_every} must not be negative; 0 means never"
+    )
+    _require(
+        not teacher.refresh_every or teacher.mode in (TeacherMode.ema, TeacherMode.frozen),
+        f"teacher.refresh_every={teacher.refresh_every} copies the policy to the teacher, and teacher.mode="
+        f"{teacher.mode.value} has no weights to copy to: use teacher.mode=ema or frozen, or teacher.refresh_every=0",
+    )
+
+
+def _check_no_policy_loss(config: SdpoConfig) -> None:
+    """With the distillation loss alone, what belongs to the policy loss is refused rather than ignored."""
+    plain = AlgorithmConfig(**GRPO)
+    for item in dataclasses.fields(plain):
+        value = getattr(config.algorithm, item.name)
+        _require(
+            value == getattr(plain, item.name),
+            f"algorithm.{item.name}={value} is of the policy loss, and distill.weight=1 leaves it out: remove it, or "
+            "set distill.weight below 1",
+        )
+    _require(
+        config.rollout_correction.opsm_delta is None,
+        f"rollout_correction.opsm_delta={config.rollout_correction.opsm_delta} asks for advantages, and distill.weight="
+        "1 leaves the policy loss out: remove it, or set distill.weight below 1",
+    )
+
+
+def _check_algorithm(config: PolicyConfig) -> None:
+    """What the policy loss asks."""
+    algorithm = config.algorithm
     _require(
         algorithm.aggregation in AGGREGATIONS,
         f"algorithm.aggregation={algorithm.aggregation!r} is not one of {', '.join(AGGREGATIONS)}",
@@ -235,19 +273,6 @@ def _check_grpo(config: GrpoConfig) -> None:
         f"rollout.group_size={config.rollout.group_size} must be at least 2: advantages compare answers to one prompt",
     )
     _check_rollout_batches(config)
-    _require(kl.coeff >= 0, f"kl.coeff={kl.coeff} must not be negative")
-    _require(
-        not (kl.where is KLPlace.loss and kl.estimator is KLEstimator.k1 and kl.gradient is KLGradient.naive),
-        "kl.estimator=k1 with kl.gradient=naive cannot be a loss: its gradient does not depend on the reference; use "
-        "k2 or k3, another gradient, or kl.where=reward",
-    )
-    ema = config.ema
-    _require(0 < ema.beta <= 1, f"ema.beta={ema.beta} must be in (0, 1]; it weighs the new value, so 1 smooths nothing")
-    _require(
-        ema.axis is EmaAxis.none or algorithm.loss is Loss.ppo_clip,
-        f"ema.axis={ema.axis.value} smooths the ratios of ppo_clip and does not go with algorithm.loss="
-        f"{algorithm.loss.value if algorithm.loss else None}: use ema.axis=none or algorithm.loss=ppo_clip",
-    )
     _require(
         0 < algorithm.discount <= 1, f"algorithm.discount={algorithm.discount} must be in (0, 1]; 1 discounts nothing"
     )
@@ -261,7 +286,25 @@ def _check_grpo(config: GrpoConfig) -> None:
     )
 
 
-def _check_rollout_batches(config: GrpoConfig) -> None:
+def _check_grpo(config: GrpoConfig) -> None:
+    algorithm, kl = config.algorithm, config.kl
+    _check_algorithm(config)
+    _require(kl.coeff >= 0, f"kl.coeff={kl.coeff} must not be negative")
+    _require(
+        not (kl.where is KLPlace.loss and kl.estimator is KLEstimator.k1 and kl.gradient is KLGradient.naive),
+        "kl.estimator=k1 with kl.gradient=naive cannot be a loss: its gradient does not depend on the reference; use "
+        "k2 or k3, another gradient, or kl.where=reward",
+    )
+    ema = config.ema
+    _require(0 < ema.beta <= 1, f"ema.beta={ema.beta} must be in (0, 1]; it weighs the new value, so 1 smooths nothing")
+    _require(
+        ema.axis is EmaAxis.none or algorithm.loss is Loss.ppo_clip,
+        f"ema.axis={ema.axis.value} smooths the ratios of ppo_clip and does not go with algorithm.loss="
+        f"{algorithm.loss.value if algorithm.loss else None}: use ema.axis=none or algorithm.loss=ppo_clip",
+    )
+
+
+def _check_rollout_batches(config: PolicyConfig) -> None:
     algorithm, longest = config.algorithm, config.rollout.max_new_tokens
     batches, buffer = algorithm.max_rollout_batches, algorithm.overlong_buffer
     assert batches is not None and buffer is not None

@@ -407,6 +407,7 @@ class SdpoConfig:
     train: GrpoTrainConfig = field(default_factory=GrpoTrainConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)  # read where distill.weight is below 1
     distill: DistillConfig = field(default_factory=DistillConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     reprompt: RepromptConfig = field(default_factory=RepromptConfig)

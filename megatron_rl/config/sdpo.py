@@ -69,6 +69,18 @@ class Overlong(StrEnum):
     error = "error"
 
 
+class SuccessWeighting(StrEnum):
+    """How a response's distillation depends on successes; see algorithms/distill.py.
+
+    `failed`: only responses that did not succeed have a target. `pass_rate`: questions that are sometimes answered
+    right count most.
+    """
+
+    none = "none"
+    failed = "failed"
+    pass_rate = "pass_rate"
+
+
 @dataclass(kw_only=True)
 class DistillConfig:
     loss: DistillLoss = DistillLoss.logits
@@ -78,6 +90,9 @@ class DistillConfig:
     tail: Tail = Tail.exact
     is_clip: float | None = 2.0  # upper clip of the importance weight of the drawn token; null: no weight
     aggregation: str = "token-mean"  # how tokens are weighed, see the docs
+    success_weighting: SuccessWeighting = SuccessWeighting.none
+    entropy_weighting: float = 0.0  # a token weighs exp(-this times the teacher's entropy in nats)
+    weight: float = 1.0  # of this loss; what is missing to 1 is that of the policy loss of the section `algorithm`
 
 
 @dataclass(kw_only=True)
@@ -86,6 +101,7 @@ class TeacherConfig(AverageConfig):
 
     mode: TeacherMode = TeacherMode.ema
     every: TeacherUpdate = TeacherUpdate.rollout
+    refresh_every: int = 0  # rollout batches after which it becomes a copy of the policy; 0: never
 
 
 @dataclass(kw_only=True)

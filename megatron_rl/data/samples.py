@@ -74,3 +74,19 @@ def weighed(samples: Sequence[Sample], mode: str, *, horizon: int | None = None)
     """The samples of one mini-batch with their tokens' weights. Masks are final from here on."""
     weights = token_weights([sample.loss_mask for sample in samples], mode, horizon=horizon)
     return [sample.with_field("weights", weight) for sample, weight in zip(samples, weights)]
+
+
+def weighed_targets(
+    samples: Sequence[Sample], factors: Sequence[float | None], mode: str, *, horizon: int | None = None
+) -> list[Sample]:
+    """The samples of one mini-batch with the field `distill_weights`.
+
+    Those are the weights of the tokens that have a target, times the response's factor; where the factor is None, the
+    response has no target, and its tokens weigh 0.
+    """
+    masks = [sample.loss_mask & (factor is not None) for sample, factor in zip(samples, factors, strict=True)]
+    weights = token_weights(masks, mode, horizon=horizon)
+    return [
+        sample.with_field("distill_weights", weight * (factor or 0.0))
+        for sample, weight, factor in zip(samples, weights, factors)
+    ]

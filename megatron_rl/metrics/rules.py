@@ -166,7 +166,8 @@ TABLE = (
         patience=3,
         unless=SOLVED,
         cause="the policy has settled before the task is solved, and explores no more",
-        remedy="raise algorithm.clip_high or algorithm.entropy_coeff, set kl.where=loss, or lower optim.lr",
+        remedy="raise algorithm.clip_high or algorithm.entropy_coeff, set kl.where=loss, or lower optim.lr; in "
+        "self-distillation lower teacher.rate, or set distill.success_weighting",
     ),
     Rule(
         name="entropy_low",
@@ -186,7 +187,8 @@ TABLE = (
         window=10,
         scale="critic/score/std",
         cause="what was learned is being lost: the policy ran away, or rewards or data changed",
-        remedy="go back to the checkpoint before the fall, lower optim.lr, or set kl.where=loss",
+        remedy="go back to the checkpoint before the fall, lower optim.lr, or set kl.where=loss; in self-distillation "
+        "lower teacher.rate or distill.weight",
     ),
     Rule(
         name="constant_reward",
@@ -219,6 +221,61 @@ TABLE = (
         cause="responses grow without bound: the reward or the loss's token weights favour length, or the model has "
         "forgotten to stop",
         remedy="set algorithm.overlong_buffer, try algorithm.aggregation=token-mean, or look for repetition",
+    ),
+    Rule(
+        name="no_targets",
+        figures=("self_distillation/target_fraction",),
+        kind=Kind.below,
+        limit=0.05,
+        patience=3,
+        unless=SOLVED,
+        cause="hardly a response has anything to learn from a teacher: no sibling succeeds, and the reward says "
+        "nothing",
+        remedy="take easier problems, raise rollout.group_size, let the reward give feedback (reprompt.feedback), or "
+        "look at reprompt.success_threshold",
+    ),
+    Rule(
+        name="teacher_is_student",
+        figures=("self_distillation/sampled_token_distance",),
+        kind=Kind.below,
+        limit=1e-3,
+        patience=3,
+        unless=SOLVED,
+        cause="the teacher says what the student says: it reads the same prompt, or makes nothing of its context",
+        remedy="look at the teacher's prompt and at reprompt.reprompt_template; a model that does not use what it is "
+        "shown must first learn to",
+    ),
+    Rule(
+        name="teacher_is_lost",
+        figures=("self_distillation/sampled_token_gap",),
+        kind=Kind.below,
+        limit=-3,
+        patience=3,
+        cause="the teacher would hardly ever have written what the student did: its prompt is garbled, or its weights "
+        "are of another model or too old",
+        remedy="look at the teacher's prompt, check reprompt.max_tokens, or set teacher.refresh_every or a higher "
+        "teacher.rate",
+    ),
+    Rule(
+        name="topk_mass_low",
+        figures=("self_distillation/student_topk_mass",),
+        kind=Kind.below,
+        limit=0.8,
+        patience=3,
+        cause="much of the student's probability is outside the list, where the teacher's distribution is one number, "
+        "or with distill.tail=none nothing",
+        remedy="raise distill.topk, or set distill.support=full",
+    ),
+    Rule(
+        name="topk_mass_fall",
+        figures=("self_distillation/student_topk_mass",),
+        kind=Kind.below_start,
+        limit=0.95,
+        window=5,
+        patience=3,
+        cause="probability leaves the list for ids that the loss does not tell apart: the student is dissolving where "
+        "it is not looked at",
+        remedy="set distill.tail=exact, raise distill.topk, or lower optim.lr",
     ),
     *POLICY_RULES,
     *CRITIC_RULES,

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_rl.ops.linear_stats import LinearStats, linear_stats, stats_of
 from megatron_rl.ops.logit_stream import add_mm_, exp_, keeping, logit_chunks
-from megatron_rl.ops.summary import FLOOR, summarise
+from megatron_rl.ops.summary import FLOOR, summarise, within
 from megatron_rl.ops.vocab_shard import VocabShard
 
 Support = Literal["student", "teacher"]
@@ -124,7 +124,7 @@ def pair_figures(pair: Pair) -> Figures:
 
 class FullDivergence(NamedTuple):
     loss: Tensor  # [N]
-    pair: Pair  # no gradient; without lists, but for `largest_ids`
+    pair: Pair  # without lists, but for `largest_ids`
 
 
 def full_divergence(
@@ -137,7 +137,7 @@ def full_divergence(
     shard: VocabShard,
     chunk: int = 1024,
 ) -> FullDivergence:
-    """The divergence over the whole vocabulary, differentiable in the student, and statistics of both heads.
+    """The divergence over the whole vocabulary, and statistics of both heads; differentiable in the student.
 
     With s and t the distributions of student and teacher,
 
@@ -147,7 +147,8 @@ def full_divergence(
 
     (the generalised Jensen-Shannon divergence of Agarwal et al., arXiv 2306.13649; at its ends it is 0, and not the
     KL that stands there). With G_v = dL / dlog s_v the gradient is dL/dz_v = G_v - s_v sum G, so the backward pass asks
-    for one more number per token and no collective. `k` as the metrics want it.
+    for one more number per token and no collective. The student's log-probability and entropy add what they add in
+    `linear_stats`: [v = y] g_y - s_v (g_y + g_H (log s_v + H)). `k` as the metrics want it.
     """
     assert 0 <= alpha <= 1, alpha
     loss, *numbers = _FullDivergence.apply(
@@ -188,27 +189,39 @@ class _FullDivergence(torch.autograd.Function):
             for head, t, logits in zip(heads, temperatures, kept)
         ]
         log_totals = [summary.top + summary.total.log() for summary in summaries]
-        ctx.save_for_backward(hidden, weight, teacher_hidden, teacher_weight, *log_totals)
+        stats = [stats_of(summary) for summary in summaries]
+        ctx.save_for_backward(
+            hidden, weight, teacher_hidden, teacher_weight, *log_totals, labels - shard.start, stats[0].entropy
+        )
         ctx.shard, ctx.temperatures, ctx.alpha, ctx.chunk, ctx.kept = shard, temperatures, alpha, chunk, kept
         sums = hidden.new_zeros(hidden.shape[0], 2, dtype=log_totals[0].dtype)
         for _, student, teacher in _log_prob_chunks(ctx, hidden, weight, teacher_hidden, teacher_weight, *log_totals):
             sums += _sums(student, teacher, alpha)
         loss, ctx.slopes = shard.all_gather(sums).sum(0).unbind(1)
-        stats = [stats_of(summary) for summary in summaries]
         results = [x for s in stats for x in (s.logp, s.entropy, s.largest_ids)]
-        ctx.mark_non_differentiable(*[x for x in results if x is not None])
+        ctx.mark_non_differentiable(*[x for x in results[2:] if x is not None])
+        ctx.set_materialize_grads(False)
         return loss.clone(), *results
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        hidden, weight, *rest = ctx.saved_tensors
-        grad_hidden = torch.zeros_like(hidden, dtype=grad_loss.dtype)
+    def backward(
+        ctx: Any, grad_loss: Tensor | None, grad_logp: Tensor | None, grad_entropy: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, ...]:
+        hidden, weight, *rest, labels, entropy = ctx.saved_tensors
+        grad_hidden = torch.zeros_like(hidden, dtype=entropy.dtype)
         grad_weight = torch.empty_like(weight)
         grad_weight[ctx.shard.size :] = 0
-        scale = (grad_loss / ctx.temperatures[0])[:, None]
+        of_loss, of_logp, of_entropy = (
+            None if g is None else g[:, None] / ctx.temperatures[0] for g in (grad_loss, grad_logp, grad_entropy)
+        )
         for columns, student, teacher in _log_prob_chunks(ctx, hidden, weight, *rest):
-            grad = _slope(student, teacher, ctx.alpha, ctx.slopes[:, None]).mul_(scale).to(hidden.dtype)
+            wide: Any = 0
+            if of_logp is not None or of_entropy is not None:
+                wide = _slope_of_stats(student, of_logp, of_entropy, entropy[:, None], labels - columns.start)
+            if of_loss is not None:
+                wide = _slope(student, teacher, ctx.alpha, ctx.slopes[:, None]).mul_(of_loss).add_(wide)
+            grad = wide.to(hidden.dtype)
             torch.mm(grad.t(), hidden, out=grad_weight[columns])
             add_mm_(grad_hidden, grad, weight[columns])
         ctx.kept = [None, None]
@@ -232,6 +245,22 @@ def _log_prob_chunks(
         s.sub_(log_total[:, None]).clamp_(min=FLOOR)
         t.sub_(teacher_log_total[:, None]).clamp_(min=FLOOR)
         yield columns, s, t
+
+
+def _slope_of_stats(
+    student: Tensor, grad_logp: Tensor | None, grad_entropy: Tensor | None, entropy: Tensor, labels: Tensor
+) -> Tensor:
+    """dL/dz [N, columns] from the gradients [N, 1] of log-probability and entropy; `labels` count from the columns'."""
+    grad = torch.zeros_like(student)
+    if grad_entropy is not None:
+        grad.sub_((student + entropy).mul_(grad_entropy))
+    if grad_logp is not None:
+        grad.sub_(grad_logp)
+    grad.mul_(student.exp())
+    if grad_logp is not None:
+        rows, inside = within(labels, student.shape[1])
+        grad.scatter_add_(1, rows[:, None], grad_logp.where(inside[:, None], 0))
+    return grad
 
 
 def _mixture(student: Tensor, teacher: Tensor, alpha: float) -> Tensor:

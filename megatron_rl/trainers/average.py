@@ -1,9 +1,12 @@
 """The average of the weights that a run may keep, its updates, and the model that it is evaluated and exported as."""
 
 from functools import cached_property
+from pathlib import Path
 
+from megatron_rl.checkpoint.store import read_state
 from megatron_rl.config.rules import Config
 from megatron_rl.config.schema import GrpoConfig, SftConfig
+from megatron_rl.config.sdpo import TeacherMode
 from megatron_rl.parallel.mesh import Mesh
 from megatron_rl.workers.average import EmptyModel, WeightAverage, decay_of
 from megatron_rl.workers.model_worker import ModelWorker, StepResult
@@ -13,6 +16,14 @@ def kept_average(config: SftConfig | GrpoConfig, actor: ModelWorker) -> WeightAv
     """The actor's average, where one is kept."""
     options = config.average
     return WeightAverage(actor, decay_of(options), offload=options.offload) if options.enabled else None
+
+
+def averaged_role(checkpoint: Path) -> str | None:
+    """The role that is an average in a checkpoint, where there is one: of a teacher its mode says so."""
+    models = read_state(checkpoint)["models"]
+    if "average" in models:
+        return "average"
+    return "teacher" if models.get("teacher", {}).get("mode") == TeacherMode.ema.value else None
 
 
 def take_step(actor: ModelWorker, average: WeightAverage | None) -> StepResult:

@@ -16,6 +16,7 @@ from megatron_rl.parallel.mesh import create_mesh, destroy_mesh
 from megatron_rl.parallel.watchdog import watch
 from megatron_rl.rollout.engine import Sampling
 from megatron_rl.rollout.sync import push
+from megatron_rl.trainers.average import averaged_role
 from megatron_rl.trainers.data import held_out_prompts
 from megatron_rl.trainers.parts import Parts, score
 from megatron_rl.trainers.resume import latest_checkpoint
@@ -81,7 +82,10 @@ class Evaluator:
 
 
 def evaluate(config: Config) -> None:
-    """Answers the held-out problems once, with the run's latest checkpoint or what it would start from. Collective."""
+    """Answers the held-out problems once, with the run's latest checkpoint or what it would start from. Collective.
+
+    Where the checkpoint has an average of the weights, that answers too.
+    """
     mesh = create_mesh(**asdict(config.parallel), seed=config.train.seed)
     try:
         with watch(config.run.hang_timeout_s), closing(Parts(config)) as parts:
@@ -93,8 +97,13 @@ def evaluate(config: Config) -> None:
             if held_out is None:
                 raise ConfigError("eval needs held-out problems: set data.val")
             step = int(read_state(checkpoint)["step"]) if checkpoint is not None else 0
+            evaluator = Evaluator(parts, held_out.all())
             with progress.phase("testing"):
-                metrics, answers = Evaluator(parts, held_out.all())(step, model)
+                metrics, answers = evaluator(step, model)
+            if checkpoint is not None and (role := averaged_role(checkpoint)) is not None:
+                model.load_checkpoint(checkpoint, role)
+                with progress.phase("testing"):
+                    metrics |= evaluator(step, model, name="val_average", version=model.version + 1)[0]
             if dist.get_rank() == 0:
                 _report(Path(config.run.dir), str(checkpoint or config.model.weights), step, metrics, answers)
     finally:
@@ -117,6 +126,7 @@ def _report(run_dir: Path, weights: str, step: int, metrics: dict[str, float], a
     report = {"weights": weights, "step": step, "metrics": metrics, "answers": rows}
     path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
     print(f"{len(rows)} held-out problems, weights {weights}")
+    width = max(map(len, metrics))
     for name, value in metrics.items():
-        print(f"  {name:<20} {value:.4g}")
+        print(f"  {name:<{width}} {value:.4g}")
     print(f"answers in {path}", flush=True)

@@ -1,5 +1,7 @@
 """From the config to the objective that the actor is trained on."""
 
+from dataclasses import replace
+
 from megatron_rl.config.rules import PolicyConfig
 from megatron_rl.config.schema import AlgorithmConfig, CorrectionLevel, EmaAxis, GrpoConfig, KLPlace, Loss
 from megatron_rl.workers.objective import PolicyGradient
@@ -32,24 +34,37 @@ def loss_options(algorithm: AlgorithmConfig) -> dict[str, float | None]:
             return {}
 
 
-def policy_objective(config: GrpoConfig) -> PolicyGradient:
+def is_on_policy(config: PolicyConfig) -> bool:
+    """Whether the policy that an update starts from is the current one: the first update of a batch, and its only."""
+    return updates_per_step(config) == 1 and not config.rollout_correction.bypass
+
+
+def policy_gradient(config: PolicyConfig) -> PolicyGradient:
     """The named algorithm with its options filled in."""
-    algorithm, ema, correction = config.algorithm, config.ema, config.rollout_correction
-    assert algorithm.loss is not None and ema.gradient is not None
-    on_policy = updates_per_step(config) == 1 and not correction.bypass
-    smoother = None
-    if algorithm.loss is Loss.ppo_clip and (ema.axis is not EmaAxis.none or not on_policy):
-        smoother = Smoother(axis=ema.axis.value, beta=ema.beta, init=ema.init.value, gradient=ema.gradient.value)
+    algorithm, correction = config.algorithm, config.rollout_correction
+    assert algorithm.loss is not None
     return PolicyGradient(
         loss=algorithm.loss.value,
         options=loss_options(algorithm),
         entropy_coeff=algorithm.entropy_coeff,
+        corrected=correction.level is not CorrectionLevel.none,
+        opsm_delta=correction.opsm_delta,
+        temperature=config.rollout.temperature,
+        on_policy=is_on_policy(config),
+    )
+
+
+def policy_objective(config: GrpoConfig) -> PolicyGradient:
+    """The algorithm, and what GRPO's trainer has beside it: smoothed weights, and a distance to the reference."""
+    ema, objective = config.ema, policy_gradient(config)
+    assert ema.gradient is not None
+    smoother = None
+    if config.algorithm.loss is Loss.ppo_clip and (ema.axis is not EmaAxis.none or not objective.on_policy):
+        smoother = Smoother(axis=ema.axis.value, beta=ema.beta, init=ema.init.value, gradient=ema.gradient.value)
+    return replace(
+        objective,
         smoother=smoother,
         kl_estimator=config.kl.estimator.value if config.kl.where is KLPlace.loss else None,
         kl_gradient=config.kl.gradient.value,
         kl_coeff=config.kl.coeff,
-        corrected=correction.level is not CorrectionLevel.none,
-        opsm_delta=correction.opsm_delta,
-        temperature=config.rollout.temperature,
-        on_policy=on_policy,
     )

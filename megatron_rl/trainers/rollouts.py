@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.config.rules import PolicyConfig
-from megatron_rl.config.schema import Advantage, GrpoConfig
+from megatron_rl.config.schema import Advantage
 from megatron_rl.data.samples import Sample, from_example
 from megatron_rl.data.sources import PromptSource
 from megatron_rl.metrics.timing import Timer
@@ -39,7 +39,7 @@ def refill(draw: Callable[[int], Sequence[RolloutGroup]], size: int, most: int) 
 
 
 def rollout_batch(
-    config: GrpoConfig, parts: Parts, source: PromptSource, step: int, timer: Timer
+    config: PolicyConfig, parts: Parts, source: PromptSource, step: int, timer: Timer
 ) -> tuple[list[RolloutGroup], dict[str, float]]:
     """The scored groups of one step, and how they came about. Collective."""
     size, most = config.train.batch_size, config.algorithm.max_rollout_batches
@@ -61,7 +61,7 @@ def rollout_batch(
     }
 
 
-def greedy_rewards(config: GrpoConfig, parts: Parts, groups: Sequence[RolloutGroup], timer: Timer) -> Tensor | None:
+def greedy_rewards(config: PolicyConfig, parts: Parts, groups: Sequence[RolloutGroup], timer: Timer) -> Tensor | None:
     """ReMax's baselines [n] float64: the reward of each prompt's greedy answer, once per rollout. Collective."""
     if config.algorithm.advantage is not Advantage.remax:
         return None

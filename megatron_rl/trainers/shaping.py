@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron_rl.algorithms import advantages
 from megatron_rl.algorithms.kl import kl
 from megatron_rl.algorithms.overlong import overlong_penalty
+from megatron_rl.config.rules import PolicyConfig
 from megatron_rl.config.schema import Advantage, AlgorithmConfig, GrpoConfig, KLPlace
 from megatron_rl.data.samples import Sample
 from megatron_rl.types import RolloutGroup
@@ -21,10 +22,10 @@ def reward_values(groups: Sequence[RolloutGroup]) -> Tensor:
 
 
 def shaped_rewards(
-    config: GrpoConfig, groups: Sequence[RolloutGroup], samples: Sequence[Sample]
+    config: PolicyConfig, groups: Sequence[RolloutGroup], samples: Sequence[Sample]
 ) -> tuple[Tensor, dict[str, float]]:
     """Rewards [n] float64, less what length and distance to the reference cost where the config says so."""
-    algorithm, settings = config.algorithm, config.kl
+    algorithm = config.algorithm
     rewards = reward_values(groups)
     metrics: dict[str, float] = {}
     if algorithm.overlong_buffer:
@@ -36,7 +37,8 @@ def shaped_rewards(
         )
         rewards = rewards + penalty
         metrics |= {"reward/overlong": float(penalty.mean()), "rollout/overlong": fmean((penalty < 0).tolist())}
-    if settings.where is KLPlace.reward:
+    if isinstance(config, GrpoConfig) and config.kl.where is KLPlace.reward:
+        settings = config.kl
         distances = sample_kl(samples, settings.estimator.value)
         rewards = rewards - settings.coeff * torch.stack([distance.sum() for distance in distances])
         means = [float(distance.mean()) for distance in distances if distance.numel()]

@@ -25,7 +25,7 @@ from megatron_rl.parallel.collect import any_rank
 from megatron_rl.parallel.device import device
 from megatron_rl.parallel.mesh import create_mesh, destroy_mesh, join_world
 from megatron_rl.trainers.objectives import policy_objective
-from megatron_rl.trainers.sdpo import distillation
+from megatron_rl.trainers.sdpo import distillation, with_weights
 from megatron_rl.workers.distillation import Targets
 from megatron_rl.workers.model_worker import ModelWorker
 from megatron_rl.workers.objective import NegativeLogLikelihood, Objective
@@ -150,20 +150,21 @@ def make_sequences() -> list[Sample]:
 
 
 def make_samples(config: Config, objective: Objective) -> list[Sample]:
-    """The sequences with their weights, and fields that clip now and then."""
+    """The sequences with their weights, and fields that clip now and then. Every third has no teacher's target."""
     draw = torch.Generator().manual_seed(4)
     samples = []
     for sample in make_sequences():
         for name in objective.field_names:
             if name == "advantages":
                 sample = sample.with_constant(name, float(torch.randn((), generator=draw)))
-            elif name != "weights":
+            elif name not in ("weights", "distill_weights"):
                 sample = sample.with_field(name, -4.6 + 0.3 * torch.randn(sample.response_length, generator=draw))
         samples.append(sample)
     if isinstance(config, SftConfig):
         return weighed(samples, "token-mean")
-    aggregation = config.distill.aggregation if isinstance(config, SdpoConfig) else str(config.algorithm.aggregation)
-    return weighed(samples, aggregation, horizon=config.rollout.max_new_tokens)
+    if isinstance(config, SdpoConfig):
+        return with_weights(config, samples, [None if sample.id % 3 == 0 else 1 + sample.id for sample in samples])
+    return weighed(samples, str(config.algorithm.aggregation), horizon=config.rollout.max_new_tokens)
 
 
 def gradient(config: Config, directory: str, cut: Cut) -> Gradient:

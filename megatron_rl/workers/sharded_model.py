@@ -57,9 +57,9 @@ class ShardedModel:
         else:
             self.load_checkpoint(find_checkpoint(model.weights))
 
-    def load_checkpoint(self, path: Path) -> None:
-        """Takes the actor's weights, and nothing else, from a checkpoint. Collective."""
-        self._load_weights(load_weights(path, "actor", self.identity(), self.sharded_weights()))
+    def load_checkpoint(self, path: Path, role: str = "actor") -> None:
+        """Takes a role's weights, or an average of weights, and nothing else, from a checkpoint. Collective."""
+        self._load_weights(load_weights(path, role, self.identity(), self.sharded_weights()))
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with."""

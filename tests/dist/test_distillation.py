@@ -14,7 +14,7 @@ VOCABULARY = 99
 # (world, layout, tokens per micro-batch, columns of the vocabulary at once)
 CUTS: dict[str, tuple[int, dict[str, Any], int, int]] = {
     "tp2": (2, {"tp": 2}, 120, 1024),
-    "tp2_sp": (2, {"tp": 2, "sequence_parallel": True}, 64, 7),
+    "tp2_sp": (2, {"tp": 2, "sequence_parallel": True}, 64, 25),
     "tp4": (4, {"tp": 4}, 64, 1024),
     "pp2": (2, {"pp": 2}, 64, 1024),
     "pp2_vpp2": (2, {"pp": 2, "vpp": 2}, 64, 1024),
@@ -22,12 +22,23 @@ CUTS: dict[str, tuple[int, dict[str, Any], int, int]] = {
     "tp2_pp2": (4, {"tp": 2, "pp": 2}, 64, 1024),
     "alone": (1, {}, 40, 13),
 }
+FACTORS = [1.0, None, 2.0, 1.0, 0.0, 1.0, None, 0.5, 1.0]  # of the responses; None where there is no target
+POLICY = {"clip_low": 0.3, "clip_high": 0.4, "dual_clip": 3.0}
+ENTROPY_COEFF = 0.05
+# Each axis once, and two together; the rest in the long run.
+SHORT = ("tp2_sp", "pp2", "dp2", "tp2_pp2")
+MARKED = [cut if cut in SHORT else pytest.param(cut, marks=pytest.mark.full) for cut in CUTS]
 LOSSES = [
     *({"alpha": a, "tail": t, "topk": k} for a, t, k in product((0.0, 0.3, 0.5, 1.0), ("exact", "none"), (1, 20, 99))),
     {"alpha": 0.5, "tail": "clamped", "topk": 20},
     *({"alpha": a, "support": s, "topk": 20} for a, s in product((0.0, 0.5, 1.0), ("teacher", "full"))),
     {"alpha": 1.0, "sampled": True, "topk": 20},
     {"alpha": 0.5, "topk": 20, "mixed": True},
+    {"alpha": 0.5, "topk": 20, "entropy_weighting": 0.7},
+    # With a policy loss beside it.
+    *({"alpha": 0.5, "topk": 20, "weight": w} for w in (0.0, 0.4, 1.0)),
+    {"alpha": 0.3, "support": "full", "topk": 20, "weight": 0.4, "entropy_weighting": 0.7},
+    {"alpha": 1.0, "sampled": True, "topk": 20, "weight": 0.4},
 ]
 
 
@@ -35,7 +46,7 @@ def make_pairs() -> list[tuple[Any, Any]]:
     """Student's and teacher's samples: other prompts, longer, and the same responses with the same masks."""
     from dataclasses import replace
 
-    from megatron_rl.data.samples import from_example, weighed
+    from megatron_rl.data.samples import from_example, weighed, weighed_targets
 
     draw = torch.Generator().manual_seed(11)
 
@@ -52,9 +63,10 @@ def make_pairs() -> list[tuple[Any, Any]]:
             replace(from_example(number, ids(*bounds), response), loss_mask=mask) for bounds in ((1, 9), (8, 24))
         )
         noise = 0.5 * torch.randn(len(response), generator=draw)
-        students.append(student.with_field("old_log_probs", noise - 5))
+        students.append(student.with_field("old_log_probs", noise - 5).with_constant("advantages", number - 4.0))
         teachers.append(teacher)
-    return list(zip(weighed(students, "token-mean"), teachers))
+    targets = weighed_targets(weighed(students, "seq-mean-token-mean"), FACTORS, "token-mean")
+    return list(zip(targets, teachers))
 
 
 def measure(student: str, teacher: str, layout: dict, max_tokens: int, chunk: int) -> list[tuple[float, dict]]:
@@ -64,6 +76,7 @@ def measure(student: str, teacher: str, layout: dict, max_tokens: int, chunk: in
     from megatron_rl.parallel.mesh import create_mesh
     from megatron_rl.workers.distillation import Distillation
     from megatron_rl.workers.model_worker import ModelWorker
+    from megatron_rl.workers.objective import PolicyGradient
     from megatron_rl.workers.teacher import Teacher
 
     mesh = create_mesh(**layout)
@@ -78,17 +91,21 @@ def measure(student: str, teacher: str, layout: dict, max_tokens: int, chunk: in
     for loss in LOSSES:
         options: dict[str, Any] = {"support": "student", "tail": "exact", "sampled": False, **loss}
         mixed = options.pop("mixed", False)
+        policy = PolicyGradient(
+            loss="ppo_clip", options=POLICY, entropy_coeff=ENTROPY_COEFF, temperature=0.8, on_policy=False
+        )
         objective = Distillation(
             targets=targets,
             other=other if mixed else None,
             mix=0.3,
+            policy=policy if "weight" in loss else None,
             is_clip=1.5,
             corrected=False,
             temperature=0.8,
             on_policy=False,
             **options,
         )
-        value = actor.forward_backward(students, plan, objective)["actor/distill_loss"].result()
+        value = actor.forward_backward(students, plan, objective)["actor/loss"].result()
         found.append((value, {name: grad.clone() for name, grad in actor.named_hf_gradients()}))
     return found
 
@@ -115,11 +132,23 @@ def expected(pool: Pool, models: tuple[str, str]) -> list[tuple[float, dict[str,
     return pool.run(measure, 1, *models, {}, 4096, 1024)[0]
 
 
+def test_weights_are_shared_by_target_tokens() -> None:
+    """The distillation's sum to the mean factor of the tokens with a target, the policy loss's to one over all."""
+    pairs = make_pairs()
+    sums = {name: sum(float(mine.fields[name].sum()) for mine, _ in pairs) for name in ("weights", "distill_weights")}
+    counts = [int(mine.loss_mask.sum()) for mine, _ in pairs]
+    held = [(count, factor) for count, factor in zip(counts, FACTORS) if factor is not None]
+    assert sums["weights"] == pytest.approx(1)
+    mean = sum(count * factor for count, factor in held) / sum(count for count, _ in held)
+    assert sums["distill_weights"] == pytest.approx(mean)
+
+
 def test_the_loss_is_that_of_two_dense_models(models: tuple[str, str], expected: list) -> None:
     """Every divergence from transformers' logits in float64, and its gradient at one of the weights."""
     from transformers import AutoModelForCausalLM
 
     from megatron_rl.algorithms import distill
+    from megatron_rl.algorithms.policy_loss import ppo_clip
 
     student, teacher = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64) for path in models)
 
@@ -151,18 +180,42 @@ def test_the_loss_is_that_of_two_dense_models(models: tuple[str, str], expected:
                     rest = side.scatter(1, ids, -torch.inf).logsumexp(1)
                     sides.append(distill.buckets(side.gather(1, ids), rest.clamp(min=-80), loss.get("tail", "exact")))
                 values = distill.divergence(*sides, loss["alpha"])
-            old = mine.fields["old_log_probs"][mine.loss_mask].double()
+            old, advantages, weights, distill_weights = (
+                mine.fields[name][mine.loss_mask].double()
+                for name in ("old_log_probs", "advantages", "weights", "distill_weights")
+            )
             values = (logp - old).exp().detach().clamp(max=1.5) * values
-            total = total + (mine.fields["weights"][mine.loss_mask].double() * values).sum()
+            values = (loss.get("entropy_weighting", 0) * (t.exp() * t).sum(1)).exp() * values
+            share = loss.get("weight", 1.0)
+            total = total + share * (distill_weights * values).sum()
+            if "weight" in loss:
+                entropy = -(s.exp() * s).sum(1)
+                surrogate = ppo_clip(logp, old, advantages, **POLICY).loss - ENTROPY_COEFF * entropy
+                total = total + (1 - share) * (weights * surrogate).sum()
         total.backward()
-        assert value == pytest.approx(float(total), rel=2e-5, abs=1e-6), loss
+        assert value == pytest.approx(float(total.detach()), rel=2e-5, abs=1e-6), loss
         name = "model.layers.2.mlp.down_proj.weight"
         exact = dict(student.named_parameters())[name].grad
         if exact.abs().max() > 1e-9:
             assert (gradients[name].double() - exact).abs().max() < 3e-5 * exact.abs().max() + 1e-8, loss
 
 
-@pytest.mark.parametrize("cut", CUTS)
+def test_the_blend_has_its_two_losses_for_ends(expected: list) -> None:
+    """At 1 it is the distillation alone, at 0 the policy loss alone, and between them their sum, gradients as well."""
+    alone = expected[LOSSES.index({"alpha": 0.5, "tail": "exact", "topk": 20})]
+    policy, between, distillation = (
+        expected[LOSSES.index({"alpha": 0.5, "topk": 20, "weight": weight})] for weight in (0.0, 0.4, 1.0)
+    )
+    assert distillation[0] == pytest.approx(alone[0], rel=1e-6) and policy[0] != pytest.approx(alone[0], rel=0.1)
+    assert between[0] == pytest.approx(0.6 * policy[0] + 0.4 * alone[0], rel=1e-5)
+    for name, gradient in alone[1].items():
+        largest = gradient.abs().max()
+        assert (distillation[1][name] - gradient).abs().max() < 1e-6 * largest
+        blend = 0.6 * policy[1][name] + 0.4 * gradient
+        assert (between[1][name] - blend).abs().max() < 1e-5 * blend.abs().max()
+
+
+@pytest.mark.parametrize("cut", MARKED)
 def test_every_cut_agrees(pool: Pool, models: tuple[str, str], expected: list, cut: str) -> None:
     world, *options = CUTS[cut]
     for found in pool.run(measure, world, *models, *options):

@@ -31,6 +31,11 @@ CASES = {
     ),
     "sdpo": ("sdpo", "qwen3", ["distill.topk=20", "teacher.mode=trust_region", "teacher.rate=0.3"]),
     "sdpo_full": ("sdpo", "qwen2", ["distill.support=full", "distill.alpha=1", "distill.is_clip=null"]),
+    "sdpo_blend": (
+        "sdpo",
+        "qwen3",
+        ["distill.support=full", "distill.weight=0.4", "distill.entropy_weighting=0.5", "algorithm.name=gspo"],
+    ),
     "gspo": ("grpo", "qwen3", ["algorithm.name=gspo", "algorithm.clip_high=0.3", "algorithm.clip_low=0.3"]),
 }
 

@@ -27,6 +27,11 @@ checkpoint: {keep: 1}
 run: {dir: run}
 """
 
+SELF_DISTILLATION = """
+distill: {topk: 90}
+reprompt: {reprompt_template: "{solution}{feedback}{prompt}", solution_template: "{successful_previous_attempt} "}
+"""
+
 JUDGE = '''
 import os
 
@@ -49,6 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "judge.py").write_text(JUDGE)
     (folder / "config.yaml").write_text(CONFIG)
+    (folder / "sdpo.yaml").write_text(CONFIG.replace("grpo", "sdpo") + SELF_DISTILLATION)
     return folder
 
 
@@ -165,7 +171,25 @@ def other_log_probs(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(objective, "kl", lambda *args, **kwargs: -right(*args, **kwargs))
 
 
-def broken_run(cwd: str, plant: str, overrides: list[str]) -> tuple[str, list]:
+def same_prompt(patch: pytest.MonkeyPatch) -> None:
+    """The teacher reads what the student reads."""
+    from megatron_rl.trainers import sdpo
+
+    patch.setattr(sdpo, "_after", lambda prompt_ids, sample: sample)
+
+
+def strange_teacher(patch: pytest.MonkeyPatch) -> None:
+    """From step 3 on the teacher is certain of something else."""
+    from megatron_rl.workers.teacher import Teacher
+
+    def spoil(_: Any, found: Any) -> Any:
+        targets, other = found
+        return replace(targets, hidden={key: -30 * value for key, value in targets.hidden.items()}), other
+
+    after(patch, Teacher, "targets", 3, spoil)
+
+
+def broken_run(cwd: str, config: str, plant: str, overrides: list[str]) -> tuple[str, list]:
     """Why the run ended early, if it did; and every figure that depends on no clock, as this rank's guards got it."""
     from megatron_rl.config.load import load_config
     from megatron_rl.rollout.sync import WeightSyncError
@@ -185,19 +209,26 @@ def broken_run(cwd: str, plant: str, overrides: list[str]) -> tuple[str, list]:
         patch.setattr(Guards, "__call__", listen)
         globals()[plant](patch)
         try:
-            run(load_config("config.yaml", overrides))
+            run(load_config(config, overrides))
         except (GuardError, WeightSyncError) as error:
             return f"{type(error).__name__}: {error}", seen
     return "", seen
 
 
 def broken(
-    pool: Pool, folder: Path, plant: Callable, layout: str, steps: int, *options: str, name: str = ""
+    pool: Pool,
+    folder: Path,
+    plant: Callable,
+    layout: str,
+    steps: int,
+    *options: str,
+    name: str = "",
+    config: str = "config.yaml",
 ) -> tuple[str, dict[str, int], Path]:
     """Why it ended, the first step of each rule's alarms, and the run directory. All ranks agree on everything."""
     directory = folder / "runs" / (name or plant.__name__)
     overrides = [f"parallel.{layout}=2", f"train.steps={steps}", f"run.dir={directory}", *options]
-    (error, seen), (other, also_seen) = pool.run(broken_run, 2, str(folder), plant.__name__, overrides)
+    (error, seen), (other, also_seen) = pool.run(broken_run, 2, str(folder), config, plant.__name__, overrides)
     assert error == other and seen == also_seen
     return error, first_alarms(directory), directory
 
@@ -325,3 +356,29 @@ def test_rules_can_be_switched_off_and_made_to_stop(pool: Pool, folder: Path, pa
     assert error.startswith("GuardError: step 3: silent_groups: rollout/silent_groups is 1, above 0.95")
     assert alarms == {"silent_groups": 3}
     assert "sync/wrong_tensors" not in lines(directory / "metrics.jsonl")[0]
+
+
+@pytest.mark.parametrize(
+    ("plant", "layout", "options", "expected"),
+    [
+        (nothing, "tp", [], {}),
+        (same_prompt, "dp", ["teacher.mode=live"], {"teacher_is_student": 3}),
+        (strange_teacher, "tp", [], {"teacher_is_lost": 5}),
+        (nothing, "pp", ["reward.name=judge.py:constant"], {"no_targets": 3, "constant_reward": 3}),
+        (nothing, "dp", ["distill.topk=2"], {"topk_mass_low": 3}),
+    ],
+    ids=["healthy", "same_prompt", "strange_teacher", "no_success", "short_list"],
+)
+def test_self_distillation(
+    pool: Pool, folder: Path, plant: Callable, layout: str, options: list[str], expected: dict[str, int]
+) -> None:
+    name = f"sdpo_{plant.__name__}_{layout}"
+    error, alarms, _ = broken(pool, folder, plant, layout, 5, *options, name=name, config="sdpo.yaml")
+    assert error == "" and alarms == expected
+
+
+def test_a_student_that_leaves_its_list(pool: Pool, folder: Path) -> None:
+    options = ["optim.weight_decay=30", "rollout.temperature=0.2", "optim.lr=1e-7", "distill.topk=20"]
+    options.append("guards.off=[teacher_is_lost]")  # a random model makes noise of its context
+    error, alarms, _ = broken(pool, folder, hot_updates, "dp", 9, *options, name="sdpo_hot", config="sdpo.yaml")
+    assert error == "" and alarms == {"entropy_explosion": 8, "topk_mass_fall": 9, "topk_mass_low": 9}

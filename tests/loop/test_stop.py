@@ -118,11 +118,12 @@ def nothing_is_left(folder: Path, before: Set[psutil.Process] = frozenset()) -> 
             "megatron-rl: rank 1 has made no progress for 5 s: step 2, phase step; the run ends .run.hang_timeout",
             ["in hang_in_a_loop", "time.sleep(0.01)", "in _step"],
         ),
-        (
+        pytest.param(
             stand_still,
             [HUNG, -signal.SIGKILL],
             "megatron-rl: rank 1 has given no sign of life for [345] s: last seen in step 2, phase step on ",
             [],
+            marks=pytest.mark.full,
         ),
     ],
 )

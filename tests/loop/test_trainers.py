@@ -186,8 +186,7 @@ def test_a_continued_grpo_run_is_the_uninterrupted_one(
     pool.run(evaluate_run, 1, str(place), config, [*options[1:], "train.batch_size=4", f"run.dir={tmp_path}/whole"])
     report = json.loads((tmp_path / "whole" / "eval_00000004.json").read_text())
     assert report["weights"].endswith("step_00000004") and len(report["answers"]) == 20
-    for name, value in report["metrics"].items():
-        assert value == whole[4][name], name
+    assert report["metrics"] == {name: whole[4][name] for name in whole[4] if name.startswith(("val/", "val_average/"))}
     averaged = option == "average.enabled=true"
     for folder in ("hf", "hf_average") if averaged else ("hf",):
         a, b = ((tmp_path / name / folder / "model.safetensors").read_bytes() for name in ("whole", "parts"))

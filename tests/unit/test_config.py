@@ -117,6 +117,39 @@ def test_mistakes_are_named(file: Path, overrides: list[str], message: str) -> N
 
 
 @pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["distill.weight=1.5"], r"distill.weight=1.5 must be between 0 and 1"),
+        (["algorithm.clip_high=0.28"], r"algorithm.clip_high=0.28 is of the policy loss, and distill.weight=1 leaves"),
+        (["algorithm.name=gspo"], r"algorithm.name=gspo .* remove it, or set distill.weight below 1"),
+        (["rollout_correction.opsm_delta=0.1"], r"opsm_delta=0.1 asks for advantages.* set distill.weight below 1"),
+        (["distill.weight=0.5", "rollout.group_size=1"], r"rollout.group_size=1 must be at least 2"),
+        (["distill.weight=0.5", "algorithm.aggregation=mean"], r"algorithm.aggregation='mean' is not one of"),
+        (["distill.entropy_weighting=-1"], r"distill.entropy_weighting=-1.0 must not be negative"),
+        (["distill.success_weighting=passed"], r"distill.success_weighting.*passed"),
+        (["teacher.refresh_every=-1"], r"teacher.refresh_every=-1 must not be negative"),
+        (["teacher.refresh_every=5", "teacher.mode=live"], r"teacher.mode=live .* use teacher.mode=ema or frozen"),
+        (["teacher.refresh_every=5", "teacher.mode=trust_region"], r"refresh_every=5 .* teacher.mode=trust_region"),
+    ],
+)
+def test_mistakes_of_self_distillation_are_named(file: Path, overrides: list[str], message: str) -> None:
+    file.write_text(GRPO.replace("trainer: grpo", "trainer: sdpo"))
+    with pytest.raises(ConfigError, match=message):
+        load_config(file, overrides)
+
+
+def test_self_distillation_with_a_policy_loss(file: Path, tmp_path: Path) -> None:
+    """The named algorithm is filled in as GRPO's trainer has it, and a plain config reads back too."""
+    named = ["algorithm.name=dapo", "rollout.max_new_tokens=500"]
+    of_grpo = load_config(file, named).algorithm
+    file.write_text(GRPO.replace("trainer: grpo", "trainer: sdpo"))
+    assert load_config(file, [*named, "distill.weight=0.5"]).algorithm == of_grpo
+    load_config(file, ["rollout.group_size=1"])
+    save_config(plain := load_config(file), tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == plain
+
+
+@pytest.mark.parametrize(
     "text, message",
     [
         ("trainer: ppo2\n", "trainer='ppo2' is not one of sft, grpo"),

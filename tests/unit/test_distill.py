@@ -7,7 +7,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
 
-from megatron_rl.algorithms.distill import Tail, buckets, divergence, divergence_terms, off_policy, sampled_token
+from megatron_rl.algorithms.distill import (
+    Tail,
+    buckets,
+    divergence,
+    divergence_terms,
+    entropy_weights,
+    off_policy,
+    pass_rate_weights,
+    sampled_token,
+)
 
 ALPHAS = [0.0, 0.1, 0.5, 0.9, 1.0]
 
@@ -137,3 +146,32 @@ def test_off_policy_weights() -> None:
     assert torch.equal(to_loss, (result.ratio * weights).detach())
     bare = off_policy(loss, logp, old, is_clip=None)
     assert torch.equal(bare.loss, loss) and not bare.clipped.any()
+
+
+def test_weights_by_pass_rate() -> None:
+    """Groups of 1 in 4, 2 in 2 (and one not judged), 1 in 2; of eight responses with a teacher the mean is 1."""
+    nan = math.nan
+    rewards = torch.tensor([1, 0, 0, 0.4, 1, nan, 1, 0.5, 0], dtype=torch.float64)
+    group_ids = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2])
+    targets = torch.ones(9, dtype=torch.bool)
+    targets[0] = False
+    weights = pass_rate_weights(rewards, group_ids, targets, threshold=0.5)
+    quarter, half = math.sqrt(3) / 4, 1 / 2
+    mean = (3 * quarter + 3 * 0 + 2 * half) / 8
+    torch.testing.assert_close(weights, torch.tensor([quarter] * 4 + [0] * 3 + [half] * 2, dtype=torch.float64) / mean)
+    assert weights[targets].mean().item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("rewards", "held"), [([1.0, 1, 0, 0], True), ([1.0, 0, 1, 0], False)])
+def test_no_pass_rate_tells_anything(rewards: list[float], held: bool) -> None:
+    """All right and all wrong, or no response with a teacher: nothing to distil, and no division by 0."""
+    targets = torch.full((4,), held)
+    weights = pass_rate_weights(torch.tensor(rewards), torch.tensor([0, 0, 1, 1]), targets, threshold=1.0)
+    assert weights.tolist() == [0, 0, 0, 0]
+
+
+def test_weights_by_entropy() -> None:
+    entropy = torch.tensor([0.0, math.log(2), math.log(9)], dtype=torch.float64, requires_grad=True)
+    weights = entropy_weights(entropy, 0.5)
+    torch.testing.assert_close(weights, torch.tensor([1, 0.5**0.5, 1 / 3], dtype=torch.float64))
+    assert not weights.requires_grad

@@ -56,7 +56,21 @@ def test_full_divergence(alpha: float, chunk: int, kept: bool, monkeypatch: pyte
         torch.testing.assert_close(stats.logp, logp.gather(1, LABELS[:, None])[:, 0])
         torch.testing.assert_close(stats.entropy, -(logp.exp() * logp).sum(1))
         assert stats.largest_ids is not None and torch.equal(stats.largest_ids, reference.largest(logp, 3))
-        assert not stats.logp.requires_grad
+    assert not result.pair.teacher.logp.requires_grad and not result.pair.teacher.entropy.requires_grad
+
+
+@pytest.mark.parametrize("chunk", [1, 50, 1024])
+@pytest.mark.parametrize("parts", [(1, 1, 1), (0, 1, 0), (0, 0, 1), (1, 1, 0)])
+def test_statistics_of_the_full_divergence_are_differentiable(parts: tuple[int, int, int], chunk: int) -> None:
+    """Any sum of the divergence, the label's log-probability and the entropy."""
+    student, teacher = heads(padding=4)
+    result = full_divergence(student, teacher, LABELS, alpha=0.3, shard=WHOLE, chunk=chunk)
+    s, t = dense(student), dense(teacher).detach()
+    of_dense = (divergence(s, t, 0.3), s.gather(1, LABELS[:, None])[:, 0], -(s.exp() * s).sum(1))
+    of_result = (result.loss, result.pair.student.logp, result.pair.student.entropy)
+    totals = [sum((n + 1) * v for n, v in enumerate(values) if parts[n]) for values in (of_result, of_dense)]
+    for mine, theirs in zip(*(gradient(total, student) for total in totals)):  # type: ignore[arg-type]
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])

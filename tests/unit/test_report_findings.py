@@ -27,7 +27,7 @@ VERL = {
     "val/accuracy": "val-core/gsm8k/acc/mean@1",
 }
 # What verl does not log at all.
-OURS_ALONE = ("rollout/", "audit/", "sync/", "actor/skipped", "critic/score/std")
+OURS_ALONE = ("rollout/", "self_distillation/", "audit/", "sync/", "actor/skipped", "critic/score/std")
 LAST, ONSET = 70, 50
 
 Rows = dict[int, dict[str, float]]

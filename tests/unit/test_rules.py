@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from megatron_rl.config.load import _options
-from megatron_rl.config.schema import GrpoConfig
+from megatron_rl.config.schema import GrpoConfig, SdpoConfig
 from megatron_rl.metrics.rules import RULES, TABLE, Action, chosen_rules
 from megatron_rl.metrics.watch import Alarm, Watch
 
@@ -50,6 +50,10 @@ def healthy(last: int = 100) -> list[Row]:
                 "audit/pad_is_eos": 0.0,
                 "audit/prompt_loss": 0.0,
                 "audit/token_mismatch": 0.0,
+                "self_distillation/target_fraction": 0.2 + 0.8 * right,
+                "self_distillation/sampled_token_distance": entropy * noise.uniform(0.5, 1.5),
+                "self_distillation/sampled_token_gap": -entropy * noise.uniform(0.2, 1),
+                "self_distillation/student_topk_mass": 1 - 0.1 * entropy * noise.uniform(0, 1),
                 "reward/format": 1 - 0.1 * math.exp(-step / 10) - noise.uniform(0, 0.01),
                 "response_length/min": 20.0,
                 "response_length/max": 60.0,
@@ -115,6 +119,17 @@ def fault(rule: str) -> tuple[dict[str, float], dict[str, int]]:
         "constant_reward": ({"critic/score/std": 0.0} | unsolved, {"constant_reward": third}),
         "same_response": ({"rollout/commonest_response": 0.95}, {"same_response": third}),
         "length_runaway": ({"response_length/mean": 130.0}, {"length_runaway": third}),
+        "no_targets": ({"self_distillation/target_fraction": 0.04} | unsolved, {"no_targets": third}),
+        "teacher_is_student": (
+            {"self_distillation/sampled_token_distance": 5e-4} | unsolved,
+            {"teacher_is_student": third},
+        ),
+        "teacher_is_lost": ({"self_distillation/sampled_token_gap": -3.5}, {"teacher_is_lost": third}),
+        "topk_mass_low": (
+            {"self_distillation/student_topk_mass": 0.7},
+            {"topk_mass_low": third, "topk_mass_fall": third},
+        ),
+        "topk_mass_fall": ({"self_distillation/student_topk_mass": 0.9}, {"topk_mass_fall": third}),
         # The fifth of a row of zeros is the first whose mean is below 5% of 0.87.
         "zero_reward": ({"critic/score/mean": 0.0} | unsolved, {"reward_fall": ONSET + 3, "zero_reward": ONSET + 4}),
         "entropy_jump": ({"actor/entropy": 0.6}, {"entropy_jump": ONSET}),
@@ -307,12 +322,12 @@ def test_the_documentation_has_the_table() -> None:
 
 
 def test_figures_and_options_that_rules_name_exist() -> None:
-    metrics = (ROOT / "docs" / "metrics.md").read_text()
-    spelled = set(re.findall(r"`([^`]+)`", metrics))
+    metrics = "".join((ROOT / "docs" / name).read_text() for name in ("metrics.md", "sdpo.md"))
+    spelled = set(re.findall(r"`([^`\n]+)`", metrics))
     for name in list(spelled):
         if match := re.fullmatch(r"(.*)\{(.*)\}", name):
             spelled |= {match[1] + part for part in match[2].split(",")}
-    options = set(_options(GrpoConfig))
+    options = {*_options(GrpoConfig), *_options(SdpoConfig)}
     sections = {option.split(".")[0] for option in options}
     for rule in TABLE:
         for figure in rule.reads:

@@ -9,10 +9,12 @@ from types import ModuleType
 import pytest
 import yaml
 
+from megatron_rl.cli import main
 from megatron_rl.data.reprompt import RepromptOptions, evidence, teacher_prompt
 from megatron_rl.data.tokenizer import load_tokenizer
 from megatron_rl.rewards import resolve
 from megatron_rl.types import Prompt, Rollout, RolloutGroup
+from tests.models import ascii_tokenizer, tiny_model
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "sdpo"
 REPROMPT = yaml.safe_load((EXAMPLE / "sibling.yaml").read_text())["reprompt"]
@@ -52,17 +54,18 @@ def answered(prompt: Prompt, number: int, text: str) -> Rollout:
     [
         ("132", "132", None),
         ("132", " 132", None),
-        ("132", "122", "122: wrong tens"),
-        ("104", "94", "94: wrong tens and hundreds"),
-        ("94", "104", "104: wrong tens and hundreds"),
-        ("99", "88", "88: wrong ones and tens"),
-        ("99", "9", "9: wrong tens"),
-        ("99", "1+2", "1+2: no sum"),
-        ("99", "0099", "0099: no sum"),
-        ("99", "", ": no sum"),
+        ("132", "122", "122: low tens"),
+        ("104", "94", "94: high tens, low hundreds"),
+        ("94", "104", "104: low tens, high hundreds"),
+        ("99", "88", "88: low ones, low tens"),
+        ("99", "9", "9: low tens"),
+        ("99", "1+2", "1+2: no number"),
+        ("99", "099", "099: no number"),
+        ("99", "1099", "1099: no number"),
+        ("99", "", ": no number"),
     ],
 )
-def test_feedback_names_the_wrong_digits(answer: str, response: str, remark: str | None) -> None:
+def test_feedback_names_the_digits_that_are_wrong_and_how(answer: str, response: str, remark: str | None) -> None:
     prompt = Prompt(index=0, text="", token_ids=(1,), row={"answer": answer})
     reward = resolve(f"{EXAMPLE / 'reward.py'}:addition")(prompt, answered(prompt, 0, response))
     assert (reward.value, reward.parts, reward.feedback) == (float(remark is None), {"accuracy": reward.value}, remark)
@@ -82,6 +85,21 @@ def test_feedback_of_the_cluster_example(response: str, remark: str | None) -> N
     judge = resolve(f"{EXAMPLE.with_name('cluster') / 'reward.py'}:number")
     reward = judge(prompt, answered(prompt, 0, response))
     assert (reward.value, reward.feedback) == (float(remark is None), remark)
+
+
+@pytest.mark.parametrize(("name", "micro_batches"), [("sibling", 37), ("feedback", 2)])
+def test_check_accepts_the_cluster_examples(
+    name: str, micro_batches: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """As they stand, but for the model: a small one with a chat template and four groups of keys."""
+    pytest.importorskip("reasoning_gym")
+    tiny_model(tmp_path, "qwen3", vocab_size=ascii_tokenizer(tmp_path))
+    capsys.readouterr()
+    monkeypatch.chdir(EXAMPLE.parents[1])
+    assert main(["check", f"examples/cluster/sdpo_qwen3_8b_{name}.yaml", f"model.path={tmp_path}"]) == 0
+    said = capsys.readouterr()
+    assert said.err == "" and "20000 rows to train on, 256 held out" in said.out
+    assert "layout       tp=4 pp=1 vpp=1" in said.out and f"first update {micro_batches} micro" in said.out
 
 
 @pytest.mark.parametrize(
