@@ -381,4 +381,5 @@ def test_a_student_that_leaves_its_list(pool: Pool, folder: Path) -> None:
     options = ["optim.weight_decay=30", "rollout.temperature=0.2", "optim.lr=1e-7", "distill.topk=20"]
     options.append("guards.off=[teacher_is_lost]")  # a random model makes noise of its context
     error, alarms, _ = broken(pool, folder, hot_updates, "dp", 9, *options, name="sdpo_hot", config="sdpo.yaml")
-    assert error == "" and alarms == {"entropy_explosion": 8, "topk_mass_fall": 9, "topk_mass_low": 9}
+    assert error == ""
+    assert alarms == {"entropy_jump": 7, "entropy_explosion": 8, "topk_mass_fall": 9, "topk_mass_low": 9}
