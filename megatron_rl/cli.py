@@ -1,8 +1,9 @@
-"""The command line: `megatron-rl train|eval|check|verify CONFIG [a.b=c ...]`."""
+"""The command line: `megatron-rl train|eval|check|verify CONFIG [a.b=c ...]`, `megatron-rl report RUN [OTHER]`."""
 
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from megatron_rl import __version__
 from megatron_rl.config.load import Loaded, load
@@ -15,6 +16,7 @@ VERBS = {
     "eval": "answer the held-out problems once, with the run's latest checkpoint or what it would start from",
     "check": "say what `train` would do, and what is wrong, without training",
     "verify": "show that this config's gradient is the same under every layout that fits this machine",
+    "report": "say what is wrong with a run, with its curves, or hold two runs against each other",
 }
 
 
@@ -26,9 +28,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="|".join(VERBS))
     for verb, help_text in VERBS.items():
         verb_parser = verbs.add_parser(verb, help=help_text)
+        if verb == "report":
+            add_report_arguments(verb_parser)
+            continue
         verb_parser.add_argument("config", help="a YAML file that names its trainer")
         verb_parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="options that overrule the file")
     options = parser.parse_args(arguments)
+    if options.verb == "report":
+        return report_on([options.run, *([options.other] if options.other else [])], options.out)
     try:
         loaded = load(options.config, options.overrides)
         if options.verb != "verify":
@@ -52,6 +59,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not rank.lost_a_peer(error):
             raise
         rank.leave()
+
+
+def add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Writes report.html and report.md. Exits with 1 where something severe was found, with 0 otherwise. "
+        "Example: megatron-rl report runs/mine"
+    )
+    parser.add_argument("run", type=Path, help="a run directory, or one with TensorBoard event files, also verl's")
+    parser.add_argument("other", type=Path, nargs="?", help="a run to hold it against")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write, instead of RUN")
+
+
+def report_on(runs: Sequence[Path], out: Path | None) -> int:
+    """Reads and judges runs; the exit code."""
+    # Imported late: the other verbs draw nothing.
+    from megatron_rl.report.command import report
+
+    try:
+        return report(runs, out)
+    except ValueError as error:
+        return mistake(error)
 
 
 def mistake(error: Exception) -> int:

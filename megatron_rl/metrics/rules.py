@@ -5,77 +5,12 @@ Every rule says what it reads, when that is wrong, the likely cause and what to 
 
 import difflib
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
-from enum import StrEnum
+from dataclasses import replace
 from typing import Any
 
-
-class Kind(StrEnum):
-    """How a figure x is judged against a rule's limit c."""
-
-    above = "above"  # x > c
-    below = "below"  # x < c
-    above_median = "above_median"  # x > c m, m the median of the last `window` values, once half of them are there
-    above_start = "above_start"  # x > c s, s the median of the first `window` values
-    below_start = "below_start"  # x < c s
-    fall = "fall"  # the mean of the last `window` values < the best such mean - c times the largest `scale` so far
-
-
-class Action(StrEnum):
-    """What an alarm does."""
-
-    warn = "warn"
-    stop = "stop"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rule:
-    """One thing to watch. Each of `figures` is judged by itself; one that is not logged, or not finite, is passed over.
-
-    `patience` is the number of steps in a row on which the condition must hold. `floor` is the least threshold that
-    `above_median` and `above_start` come to. `scale` names the figure that measures a `fall`. With `unless` (a figure
-    and a value) the rule keeps silent while that figure is at least the value. With `keep_samples` the step's samples
-    are written beside the alarm. `option` names the option that sets the limit or the patience, where it has one of its
-    own.
-    """
-
-    name: str
-    figures: tuple[str, ...]
-    kind: Kind
-    limit: float
-    patience: int = 1
-    window: int = 0
-    floor: float = 0.0
-    scale: str = ""
-    unless: tuple[str, float] | None = None
-    action: Action = Action.warn
-    keep_samples: bool = False
-    option: str = ""
-    cause: str
-    remedy: str
-
-    @property
-    def is_lower_bound(self) -> bool:
-        """Whether it fires below its threshold."""
-        return self.kind in (Kind.below, Kind.below_start, Kind.fall)
-
-    def condition(self) -> str:
-        """When it fires, as a reader would write it."""
-        c, steps = f"{self.limit:g}", f" on {self.patience} steps in a row" if self.patience > 1 else ""
-        least = f", and > {self.floor:g}" if self.floor else ""
-        unless = f", unless `{self.unless[0]}` >= {self.unless[1]:g}" if self.unless else ""
-        text = {
-            Kind.above: f"> {c}",
-            Kind.below: f"< {c}",
-            Kind.above_median: f"> {c} x the median of the last {self.window}{least}",
-            Kind.above_start: f"> {c} x the median of the first {self.window}{least}",
-            Kind.below_start: f"< {c} x the median of the first {self.window}",
-            Kind.fall: f"mean of the last {self.window} < the best such mean - {c} x the largest `{self.scale}`",
-        }[self.kind]
-        return text + steps + unless
-
-
-SOLVED = ("rollout/correct", 0.9)
+from megatron_rl.metrics.critic_rules import CRITIC_RULES
+from megatron_rl.metrics.policy_rules import POLICY_RULES
+from megatron_rl.metrics.rule import SOLVED, Action, Kind, Rule
 
 TABLE = (
     Rule(
@@ -342,6 +277,8 @@ TABLE = (
         "it is not looked at",
         remedy="set distill.tail=exact, raise distill.topk, or lower optim.lr",
     ),
+    *POLICY_RULES,
+    *CRITIC_RULES,
 )
 RULES = {rule.name: rule for rule in TABLE}
 

@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
-from megatron_rl.metrics.rules import Kind, Rule
+from megatron_rl.metrics.rule import LOWER_BOUNDS, Kind, Rule
+
+MEANS = (Kind.fall, Kind.collapse, Kind.parting)
 
 
 class Alarm(NamedTuple):
@@ -22,17 +24,26 @@ class Alarm(NamedTuple):
     threshold: float
 
     @property
+    def seen(self) -> str:
+        """The figure, its value and what that was compared with."""
+        rule = self.rule
+        side = "below" if self.value < self.threshold else "above"
+        seen = f"the mean of {self.figure}" if rule.kind in MEANS else self.figure
+        if rule.kind is Kind.close:
+            seen = f"the distance of {self.figure} to {rule.against}"
+        steps = f" on {rule.patience} steps in a row" if rule.patience > 1 else ""
+        reason = {
+            Kind.jump: f", which is {rule.limit:g} more than the value before",
+            Kind.drift: f", which is {rule.limit:g} from its first value",
+        }.get(rule.kind, "")
+        # Adding zero makes zero of a negative zero.
+        return f"{seen} is {self.value + 0.0:.4g}, {side} {self.threshold:.4g}{reason}{steps}"
+
+    @property
     def message(self) -> str:
         """What was seen, the likely cause and what to try, in one line."""
         rule = self.rule
-        side = "below" if rule.is_lower_bound else "above"
-        seen = f"the mean of {self.figure}" if rule.kind is Kind.fall else self.figure
-        steps = f" on {rule.patience} steps in a row" if rule.patience > 1 else ""
-        # Adding zero makes zero of a negative zero.
-        return (
-            f"step {self.step}: {rule.name}: {seen} is {self.value + 0.0:.4g}, {side} {self.threshold:.4g}{steps}. "
-            f"Likely cause: {rule.cause}. To try: {rule.remedy}"
-        )
+        return f"step {self.step}: {rule.name}: {self.seen}. Likely cause: {rule.cause}. To try: {rule.remedy}"
 
 
 class Watch:
@@ -52,14 +63,12 @@ class Watch:
         return [alarm for alarm in found if alarm is not None]
 
     def _judge(self, step: int, rule: Rule, figure: str, row: Mapping[str, float]) -> Alarm | None:
-        if figure not in row:
+        if figure not in row or (rule.against and rule.against not in row):
             return None
         memory = self.memory.setdefault(f"{rule.name} {figure}", {"in_a_row": 0})
-        value, threshold = _compare(rule, row[figure], row.get(rule.scale, 0.0), memory)
+        value, threshold, below = _compare(rule, figure, row, memory)
         excused = rule.unless is not None and row.get(rule.unless[0], -math.inf) >= rule.unless[1]
-        wrong = (
-            threshold is not None and not excused and (value < threshold if rule.is_lower_bound else value > threshold)
-        )
+        wrong = threshold is not None and not excused and (value < threshold if below else value > threshold)
         memory["in_a_row"] = memory["in_a_row"] + 1 if wrong else 0
         if threshold is None or memory["in_a_row"] != rule.patience:
             return None
@@ -78,24 +87,56 @@ def _copy(value: Any) -> Any:
     return list(value) if isinstance(value, list) else value
 
 
-def _compare(rule: Rule, value: float, scale: float, memory: dict[str, Any]) -> tuple[float, float | None]:
-    """What is to be compared with what; None for the latter while too little has been seen. Adds to the memory."""
+def _compare(
+    rule: Rule, figure: str, row: Mapping[str, float], memory: dict[str, Any]
+) -> tuple[float, float | None, bool]:
+    """What is to be compared with what, and whether below is wrong. The second is None while too little has been seen.
+
+    Adds to the memory.
+    """
+    value = row[figure]
+    if rule.kind in (Kind.outside, Kind.drift):
+        center = rule.center if rule.kind is Kind.outside else memory.setdefault("first", value)
+        below = value < center
+        return value, center - rule.limit if below else center + rule.limit, below
+    below = rule.kind in LOWER_BOUNDS
     if rule.kind in (Kind.above, Kind.below):
-        return value, rule.limit
+        return value, rule.limit, below
+    if rule.kind is Kind.close:
+        return row[rule.against] - value, rule.limit, below
+    if rule.kind is Kind.jump:
+        before, memory["before"] = memory.get("before"), value
+        return value, None if before is None else before + rule.limit, below
+    if rule.kind in MEANS:
+        return *_compare_means(rule, value, row, memory), below
     seen: list[float] = memory.setdefault("seen", [])
     if rule.kind is Kind.above_median:
         threshold = max(rule.limit * median(seen), rule.floor) if len(seen) >= rule.window // 2 else None
         memory["seen"] = [*seen, value][-rule.window :]
-        return value, threshold
-    if rule.kind is Kind.fall:
-        seen = memory["seen"] = [*seen, value][-rule.window :]
-        memory["scale"] = max(memory.get("scale", 0.0), scale)
-        if len(seen) < rule.window or not memory["scale"]:
-            return value, None
-        mean = fmean(seen)
-        best = memory["best"] = max(memory.get("best", mean), mean)
-        return mean, best - rule.limit * memory["scale"]
+        return value, threshold, below
     if len(seen) < rule.window:
         seen.append(value)
+        return value, None, below
+    return value, max(rule.limit * median(seen), rule.floor if rule.kind is Kind.above_start else -math.inf), below
+
+
+def _compare_means(
+    rule: Rule, value: float, row: Mapping[str, float], memory: dict[str, Any]
+) -> tuple[float, float | None]:
+    """`_compare` for means over a window."""
+    seen = memory["seen"] = [*memory.get("seen", []), value][-rule.window :]
+    if rule.kind is Kind.fall:
+        memory["scale"] = max(memory.get("scale", 0.0), row.get(rule.scale, 0.0))
+    if rule.kind is Kind.parting:
+        other = memory["other"] = [*memory.get("other", []), row[rule.against]][-rule.window :]
+        half = rule.window // 2
+        if len(seen) < rule.window or fmean(other[half:]) <= fmean(other[:half]):
+            return value, None
+        return fmean(seen[half:]), fmean(seen[:half]) - rule.limit
+    if len(seen) < rule.window or (rule.kind is Kind.fall and not memory["scale"]):
         return value, None
-    return value, max(rule.limit * median(seen), rule.floor if rule.kind is Kind.above_start else -math.inf)
+    mean = fmean(seen)
+    best = memory["best"] = max(memory.get("best", mean), mean)
+    if rule.kind is Kind.fall:
+        return mean, best - rule.limit * memory["scale"]
+    return abs(mean), rule.limit * best if best > rule.floor else None

@@ -252,13 +252,15 @@ def test_a_babbling_engine(pool: Pool, folder: Path) -> None:
     error, alarms, _ = broken(pool, folder, babbling_engine, "dp", 17)
     assert error == ""
     at_once = ("same_response", "truncated", "length_runaway", "constant_reward", "silent_groups")
-    assert alarms == dict.fromkeys((*at_once, "entropy_collapse", "entropy_low"), 14) | {"reward_fall": 16}
+    assert alarms == dict.fromkeys((*at_once, "entropy_collapse", "entropy_low"), 14) | dict.fromkeys(
+        ("reward_fall", "zero_reward", "constant_length"), 16
+    )
 
 
 def test_a_lying_engine(pool: Pool, folder: Path) -> None:
     error, alarms, directory = broken(pool, folder, lying_engine, "tp", 7)
     assert error == ""
-    assert alarms == {"finish_mismatch": 6, "entropy_high": 7, "entropy_explosion": 7}
+    assert alarms == {"finish_mismatch": 6, "entropy_jump": 6, "entropy_high": 7, "entropy_explosion": 7}
     row = lines(directory / "alarms.jsonl")[0]
     assert row["message"].startswith("step 6: finish_mismatch: audit/finish_mismatch is 16, above 0. Likely cause: the")
     assert (row["figure"], row["value"], row["threshold"], row["action"]) == ("audit/finish_mismatch", 16, 0, "warn")
@@ -284,7 +286,7 @@ def test_updates_that_are_too_hot(pool: Pool, folder: Path) -> None:
     """With a rate as high as this, a decay as strong leaves little of the weights."""
     options = ["optim.weight_decay=30", "rollout.temperature=0.2", "optim.lr=1e-7"]
     error, alarms, directory = broken(pool, folder, hot_updates, "dp", 8, *options)
-    assert error == "" and alarms == {"entropy_explosion": 8}
+    assert error == "" and alarms == {"entropy_jump": 7, "entropy_explosion": 8}
     assert {row["figure"] for row in lines(directory / "alarms.jsonl")} == {"actor/entropy", "rollout/entropy"}
 
 
@@ -379,4 +381,5 @@ def test_a_student_that_leaves_its_list(pool: Pool, folder: Path) -> None:
     options = ["optim.weight_decay=30", "rollout.temperature=0.2", "optim.lr=1e-7", "distill.topk=20"]
     options.append("guards.off=[teacher_is_lost]")  # a random model makes noise of its context
     error, alarms, _ = broken(pool, folder, hot_updates, "dp", 9, *options, name="sdpo_hot", config="sdpo.yaml")
-    assert error == "" and alarms == {"entropy_explosion": 8, "topk_mass_fall": 9, "topk_mass_low": 9}
+    assert error == ""
+    assert alarms == {"entropy_jump": 7, "entropy_explosion": 8, "topk_mass_fall": 9, "topk_mass_low": 9}

@@ -54,9 +54,34 @@ def healthy(last: int = 100) -> list[Row]:
                 "self_distillation/sampled_token_distance": entropy * noise.uniform(0.5, 1.5),
                 "self_distillation/sampled_token_gap": -entropy * noise.uniform(0.2, 1),
                 "self_distillation/student_topk_mass": 1 - 0.1 * entropy * noise.uniform(0, 1),
+                "reward/format": 1 - 0.1 * math.exp(-step / 10) - noise.uniform(0, 0.01),
+                "response_length/min": 20.0,
+                "response_length/max": 60.0,
+                "rollout_corr/rollout_is_mean": noise.uniform(0.95, 1.0),
+                "rollout_corr/k3_kl": noise.uniform(0, 1e-3),
+                "training/rollout_probs_diff_mean": noise.uniform(2e-3, 4e-3),
+                "actor/pg_clipfrac": noise.uniform(0, 0.05),
+                **critic(step, noise),
             }
         )
     return rows
+
+
+def critic(step: int, noise: random.Random) -> Row:
+    """A critic that learns in ten steps to be right on three pairs of four."""
+    learned = 1 - math.exp(-step / 5)
+    return {
+        "critic/d_acc": 0.52 + 0.24 * learned + noise.uniform(-0.02, 0.02),
+        "critic/score_diff": 1.8 * learned + noise.uniform(-0.1, 0.1),
+        "critic/teacher_value_mean": 1.0 + 1.2 * learned + noise.uniform(-0.05, 0.05),
+        "critic/student_value_mean": 1.0 - 0.6 * learned + noise.uniform(-0.05, 0.05),
+        "critic/teacher_value_std": noise.uniform(0.8, 1.2),
+        "critic/student_value_std": noise.uniform(0.8, 1.2),
+        "critic/hard_sample_ratio": noise.uniform(0.08, 0.14),
+        "critic/identical_text_gap": noise.uniform(0, 0.01),
+        "critic/grad_norm": 3 * math.exp(noise.gauss(0, 0.3)),
+        "reward/length_corr": noise.uniform(-0.08, 0.08),
+    }
 
 
 def findings(rows: list[Row], watch: Watch | None = None) -> list[Alarm]:
@@ -82,8 +107,11 @@ def fault(rule: str) -> tuple[dict[str, float], dict[str, int]]:
         "silent_groups": ({"rollout/silent_groups": 0.96} | unsolved, {"silent_groups": third}),
         "negative_kl": ({"actor/kl_loss": -2e-4}, {"negative_kl": ONSET}),
         "negative_ppo_kl": ({"actor/ppo_kl": -0.2}, {"negative_ppo_kl": ONSET}),
-        "entropy_explosion": ({"actor/entropy": 1.1}, {"entropy_explosion": ONSET + 1}),
-        "entropy_high": ({"actor/entropy": 7.0}, {"entropy_high": ONSET + 1, "entropy_explosion": ONSET + 1}),
+        "entropy_explosion": ({"actor/entropy": 1.1}, {"entropy_jump": ONSET, "entropy_explosion": ONSET + 1}),
+        "entropy_high": (
+            {"actor/entropy": 7.0},
+            {"entropy_jump": ONSET, "entropy_high": ONSET + 1, "entropy_explosion": ONSET + 1},
+        ),
         "entropy_collapse": ({"actor/entropy": 0.01} | unsolved, {"entropy_collapse": third}),
         "entropy_low": ({"rollout/entropy": 4e-3} | unsolved, {"entropy_low": third, "entropy_collapse": third}),
         # 0.88 before: six of the last ten at 0.4 are the first to pull the mean half of the largest deviation down.
@@ -102,6 +130,27 @@ def fault(rule: str) -> tuple[dict[str, float], dict[str, int]]:
             {"topk_mass_low": third, "topk_mass_fall": third},
         ),
         "topk_mass_fall": ({"self_distillation/student_topk_mass": 0.9}, {"topk_mass_fall": third}),
+        # The fifth of a row of zeros is the first whose mean is below 5% of 0.87.
+        "zero_reward": ({"critic/score/mean": 0.0} | unsolved, {"reward_fall": ONSET + 3, "zero_reward": ONSET + 4}),
+        "entropy_jump": ({"actor/entropy": 0.6}, {"entropy_jump": ONSET}),
+        # Three of the last ten at 0.5 are the first to pull the mean a tenth down; the reward has grown to then.
+        "format_fall": ({"reward/format": 0.5}, {"format_fall": third}),
+        "constant_length": ({"response_length/min": 60.0} | unsolved, {"constant_length": ONSET + 4}),
+        "is_drift": ({"rollout_corr/rollout_is_mean": 0.6}, {"is_drift": third}),
+        "clip_fraction": ({"actor/pg_clipfrac": 0.4}, {"clip_fraction": ONSET + 9}),
+        "stale_rollouts": ({"rollout_corr/k3_kl": 0.06}, {"stale_rollouts": third}),
+        "rollout_mismatch": ({"training/rollout_probs_diff_mean": 0.02}, {"rollout_mismatch": third}),
+        "d_acc_jump": ({"critic/d_acc": 0.99}, {"d_acc_jump": ONSET, "d_acc_saturated": third}),
+        "d_acc_saturated": ({"critic/d_acc": 0.9}, {"d_acc_saturated": third}),
+        "d_acc_low": ({"critic/d_acc": 0.6}, {"d_acc_low": ONSET + 19}),
+        "score_diff_high": ({"critic/score_diff": 3.2}, {"score_diff_high": third}),
+        "score_diff_low": ({"critic/score_diff": 0.8}, {"score_diff_low": ONSET + 19}),
+        "length_corr": ({"reward/length_corr": -0.22}, {"length_corr": third}),
+        "critic_grad_spike": ({"critic/grad_norm": 39.0}, {"critic_grad_spike": ONSET}),
+        "score_drift": ({"critic/student_value_mean": -0.7}, {"score_drift": ONSET}),
+        "score_collapse": ({"critic/teacher_value_std": 1e-3}, {"score_collapse": third}),
+        "hard_samples": ({"critic/hard_sample_ratio": 0.01}, {"hard_samples": third}),
+        "identical_text_gap": ({"critic/identical_text_gap": 0.4}, {"identical_text_gap": ONSET}),
     }[rule]
 
 
@@ -161,6 +210,38 @@ def test_thresholds() -> None:
             assert [(a.value, a.threshold) for a in alarms] == [(pytest.approx(0.555), pytest.approx(0.6))]
 
 
+def judged(rule: str, figure: str, values: list[float], **others: list[float]) -> list[tuple[int, float, float]]:
+    """(step, value, threshold) of a rule's alarms over values from step 1 on; `others` are figures beside it."""
+    watch = Watch([RULES[rule]])
+    found = []
+    for place, value in enumerate(values):
+        row = {figure: value} | {name.replace("__", "/"): series[place] for name, series in others.items()}
+        found += [(a.step, pytest.approx(a.value), pytest.approx(a.threshold)) for a in watch(place + 1, row)]
+    return found
+
+
+def test_thresholds_of_jumps_distances_and_means() -> None:
+    """By hand, on both sides of each limit."""
+    assert judged("d_acc_jump", "critic/d_acc", [0.95, 0.5, 0.69, 0.95, 0.95]) == [(4, 0.95, 0.89)]
+    assert judged("length_corr", "reward/length_corr", [-0.14, 0.14, 0.1] * 2 + [-0.22, 0.2, -0.16]) == [
+        (9, -0.16, -0.15)
+    ]
+    assert judged("is_drift", "rollout_corr/rollout_is_mean", [0.71] * 4 + [1.31] * 3) == [(7, 1.31, 1.3)]
+    assert judged("score_drift", "critic/student_value_mean", [1.03, -0.4, -0.67]) == [(3, -0.67, 1.03 - 1.5)]
+    assert judged("score_drift", "critic/teacher_value_mean", [1.03, 2.5, 2.6]) == [(3, 2.6, 2.53)]
+    # Five means of zero are no fall from a best of 0.09, and a mean far below zero is no reward of zero.
+    assert judged("zero_reward", "critic/score/mean", [0.09] * 5 + [0.0] * 9) == []
+    assert judged("zero_reward", "critic/score/mean", [1.0] * 5 + [-5.0] * 9) == []
+    assert judged("zero_reward", "critic/score/mean", [1.0] * 5 + [0.2, 0.0, 0.0, 0.0, 0.0]) == [(10, 0.04, 0.05)]
+    forms, rising, still = [1.0] * 10 + [0.88] * 10, [0.1] * 10 + [0.2] * 10, [0.1] * 20
+    assert judged("format_fall", "reward/format", forms, critic__score__mean=rising) == [(20, 0.88, 0.9)]
+    assert judged("format_fall", "reward/format", forms, critic__score__mean=still) == []
+    long, short = [9.0] * 12, [9.0] * 3 + [8.0] + [9.0] * 8
+    assert judged("constant_length", "response_length/min", short, response_length__max=long) == [(9, 0.0, 0.5)]
+    (alarm,) = Watch([RULES["identical_text_gap"]])(7, {"critic/identical_text_gap": 0.4})
+    assert alarm.message.startswith("step 7: identical_text_gap: critic/identical_text_gap is 0.4, above 0.1. Likely")
+
+
 def test_an_alarm_comes_once_until_it_has_recovered() -> None:
     watch = Watch([RULES["truncated"]])
     ratios = [1, 1, 1, 1, 1, 0, 1, 1, 0.9, 1, 1, 1, 1]
@@ -175,7 +256,13 @@ def test_what_is_not_there_or_not_a_number_is_passed_over() -> None:
         assert [alarm.step for alarm in findings(rows, watch)] == [4]
 
 
-@pytest.mark.parametrize("rule", ["grad_spike", "entropy_low", "reward_fall", "length_runaway", "skipped_update"])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        *("grad_spike", "entropy_low", "reward_fall", "length_runaway", "skipped_update"),
+        *("zero_reward", "format_fall", "d_acc_jump", "score_drift", "constant_length", "length_corr"),
+    ],
+)
 def test_a_continued_watch_is_the_uninterrupted_one(rule: str) -> None:
     """Wherever it is cut; its memory goes through JSON. And a file's rows give what the run's figures gave."""
     figures, _ = fault(rule)
@@ -243,11 +330,7 @@ def test_figures_and_options_that_rules_name_exist() -> None:
     options = {*_options(GrpoConfig), *_options(SdpoConfig)}
     sections = {option.split(".")[0] for option in options}
     for rule in TABLE:
-        for figure in (
-            *rule.figures,
-            *([rule.scale] if rule.scale else []),
-            *([rule.unless[0]] if rule.unless else []),
-        ):
+        for figure in rule.reads:
             assert figure in spelled, (rule.name, figure)
         for name in re.findall(r"\b[a-z_]+\.[a-z_]+\b", f"{rule.remedy} {rule.option}"):
             assert name in options or name.split(".")[0] not in sections, (rule.name, name)

@@ -1,0 +1,111 @@
+"""Rules over a critic that tells a teacher's responses from a student's.
+
+Such a critic is of use while it is right on 65 to 85% of the pairs and scores teachers 1 to 3 above students.
+"""
+
+from megatron_rl.metrics.rule import Kind, Rule
+
+CRITIC_RULES = (
+    Rule(
+        name="d_acc_jump",
+        figures=("critic/d_acc",),
+        kind=Kind.jump,
+        limit=0.2,
+        severe=True,
+        cause="within one step the critic found a mark that gives the student away: an ending, a length, a style",
+        remedy="compare how teacher and student texts are tokenised and ended; lower the critic's learning rate",
+    ),
+    Rule(
+        name="d_acc_saturated",
+        figures=("critic/d_acc",),
+        kind=Kind.above,
+        limit=0.85,
+        patience=3,
+        severe=True,
+        cause="the critic is right on nearly every pair, so that its scores no longer rank the student's responses",
+        remedy="lower the critic's learning rate, update it less often, or smooth its labels",
+    ),
+    Rule(
+        name="d_acc_low",
+        figures=("critic/d_acc",),
+        kind=Kind.below,
+        limit=0.65,
+        patience=20,
+        cause="the critic cannot tell teacher from student: it learns too slowly, or there is little left to tell",
+        remedy="raise the critic's learning rate or warm it up longer; if the student is good, this is the end",
+    ),
+    Rule(
+        name="score_diff_high",
+        figures=("critic/score_diff",),
+        kind=Kind.above,
+        limit=3,
+        patience=3,
+        cause="teacher and student scores are so far apart that the ranking loss has no gradient left",
+        remedy="raise the temperature of the ranking loss, penalise large scores, or lower the critic's learning rate",
+    ),
+    Rule(
+        name="score_diff_low",
+        figures=("critic/score_diff",),
+        kind=Kind.below,
+        limit=1,
+        patience=20,
+        cause="the critic's scores hardly part teacher from student, so that rewards are mostly noise",
+        remedy="warm the critic up longer, or lower the temperature of its ranking loss",
+    ),
+    Rule(
+        name="length_corr",
+        figures=("reward/length_corr",),
+        kind=Kind.outside,
+        limit=0.15,
+        patience=3,
+        cause="the score goes with the length of a response: the policy will learn to write long, or short",
+        remedy="pool scores by their mean, compare critic/teacher_length with critic/student_length, balance the pairs",
+    ),
+    Rule(
+        name="critic_grad_spike",
+        figures=("critic/grad_norm",),
+        kind=Kind.above_median,
+        limit=5,
+        window=10,
+        floor=5,
+        cause="a few pairs with extreme scores, or a learning rate on the edge",
+        remedy="clip the critic's gradient lower, lower its learning rate, and look at the step's pairs",
+    ),
+    Rule(
+        name="score_drift",
+        figures=("critic/student_value_mean", "critic/teacher_value_mean"),
+        kind=Kind.drift,
+        limit=1.5,
+        cause="scores wander off, which no pair of the loss holds: rewards of different steps cannot be compared",
+        remedy="penalise large scores, lower the critic's learning rate, or normalise rewards within their group",
+    ),
+    Rule(
+        name="score_collapse",
+        figures=("critic/teacher_value_std", "critic/student_value_std"),
+        kind=Kind.below,
+        limit=0.01,
+        patience=3,
+        severe=True,
+        cause="the critic gives every text the same score: its head is dead, or saturated",
+        remedy="go back to an earlier critic, lower its learning rate, and penalise large scores",
+    ),
+    Rule(
+        name="hard_samples",
+        figures=("critic/hard_sample_ratio",),
+        kind=Kind.below,
+        limit=0.05,
+        patience=3,
+        cause="hardly a pair is left that is hard to tell: the critic learns nothing more, and is too sure",
+        remedy="lower the critic's learning rate, smooth its labels, or draw harder pairs",
+    ),
+    Rule(
+        name="identical_text_gap",
+        figures=("critic/identical_text_gap",),
+        kind=Kind.above,
+        limit=0.1,
+        severe=True,
+        cause="the same text is scored differently as a teacher's and as a student's: one side has a token more, "
+        "mostly the one that ends a response",
+        remedy="tokenise and end both sides alike, or leave the last end token out of the pooling",
+    ),
+)
