@@ -309,7 +309,7 @@ class CheckpointConfig:
 class GuardsConfig:
     """What a run is watched for; docs/guards.md has the rules."""
 
-    off: list[str] = field(default_factory=list)  # rules that are not watched
+    ignore: list[str] = field(default_factory=list)  # rules that are not watched
     stop: list[str] = field(default_factory=list)  # rules that stop the run where they would warn
     limits: dict[str, float] = field(default_factory=dict)  # rule: limit in place of the table's
     max_skipped_steps: int = 3  # steps in a row with an update that was not finite; then the run stops

@@ -285,7 +285,7 @@ RULES = {rule.name: rule for rule in TABLE}
 
 def chosen_rules(
     *,
-    off: Collection[str],
+    ignore: Collection[str],
     stop: Collection[str],
     limits: Mapping[str, float],
     parity_tolerance: float,
@@ -296,7 +296,7 @@ def chosen_rules(
 
     `signed_kl`: the distance to the reference is estimated by k1, which noise may bring below zero.
     """
-    for option, names in (("guards.off", off), ("guards.stop", stop), ("guards.limits", limits)):
+    for option, names in (("guards.ignore", ignore), ("guards.stop", stop), ("guards.limits", limits)):
         for name in names:
             if name not in RULES:
                 near = difflib.get_close_matches(name, RULES, 1, cutoff=0)[0]
@@ -313,4 +313,4 @@ def chosen_rules(
         own[name]["limit"] = limit
     for name in stop:
         own[name]["action"] = Action.stop
-    return [replace(rule, **own[rule.name]) for rule in TABLE if rule.name not in off]
+    return [replace(rule, **own[rule.name]) for rule in TABLE if rule.name not in ignore]

@@ -61,7 +61,7 @@ class Evaluator:
     ) -> tuple[dict[str, float], list[RolloutGroup]]:
         """`val/*`, and the greedy answers. `version` numbers the weights where the model's own does not. Collective."""
         config = self.parts.config
-        check = "weight_checksum" not in config.guards.off
+        check = "weight_checksum" not in config.guards.ignore
         version = model.version if version is None else version
         push(model.named_hf_weights, self.parts.engine, version, check=check)
         greedy = self._answer(config, step, draws=1, temperature=0.0)

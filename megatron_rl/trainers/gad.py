@@ -66,7 +66,7 @@ class GadTrainer:
     def step(self, step: int, timer: Timer) -> StepLog:
         config, parts, options = self.config, self.parts, self.config.discriminator
         with timer("sync"):
-            check = "weight_checksum" not in config.guards.off
+            check = "weight_checksum" not in config.guards.ignore
             figures = push(self.actor.named_hf_weights, parts.engine, self.actor.version, check=check)
         examples = self.source.next(config.train.batch_size)
         with timer("gen"):

@@ -38,7 +38,7 @@ class GrpoTrainer:
     def step(self, step: int, timer: Timer) -> StepLog:
         config, actor = self.config, self.actor
         with timer("sync"):
-            check = "weight_checksum" not in config.guards.off
+            check = "weight_checksum" not in config.guards.ignore
             sync_figures = push(actor.named_hf_weights, self.parts.engine, actor.version, check=check)
         groups, batch_figures = rollout_batch(config, self.parts, self.source, step, timer)
         greedy = greedy_rewards(config, self.parts, groups, timer)

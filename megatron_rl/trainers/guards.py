@@ -26,7 +26,7 @@ def rules_of(config: Config) -> list[Rule]:
     guards, tolerance = config.guards, config.rollout.parity_tolerance
     assert tolerance is not None
     return chosen_rules(
-        off=guards.off,
+        ignore=guards.ignore,
         stop=guards.stop,
         limits=guards.limits,
         parity_tolerance=tolerance,

@@ -71,6 +71,6 @@ class Policies:
         largest, mean = parity_gap(rollouts, log_probs)
         tolerance = self.config.rollout.parity_tolerance
         assert tolerance is not None
-        if "parity" not in self.config.guards.off:
+        if "parity" not in self.config.guards.ignore:
             check_parity(largest, mean, tolerance, self.actor.version)
         return {"rollout/log_prob_gap_max": largest, "rollout/log_prob_gap_mean": mean}

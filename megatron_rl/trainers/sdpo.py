@@ -67,7 +67,7 @@ class SdpoTrainer:
     def step(self, step: int, timer: Timer) -> StepLog:
         config, parts = self.config, self.parts
         with timer("sync"):
-            check = "weight_checksum" not in config.guards.off
+            check = "weight_checksum" not in config.guards.ignore
             figures = push(self.actor.named_hf_weights, parts.engine, self.actor.version, check=check)
         groups, batch_figures = rollout_batch(config, parts, self.source, step, timer)
         greedy = greedy_rewards(config, parts, groups, timer)

@@ -65,3 +65,10 @@ def test_every_case_of_a_sweep_is_valid(path: Path) -> None:
         load_config(
             ROOT / (config[case] if isinstance(config, dict) else config), [*sweep.get("options", []), *overrides]
         )
+
+
+@pytest.mark.parametrize("trainer", SCHEMAS)
+def test_yaml_reads_every_option_as_a_word(trainer: str) -> None:
+    """It takes a bare off, no or y for a truth value, which is no option."""
+    for names in fields(SCHEMAS[trainer]):
+        assert all(yaml.safe_load(f"{name}: 1") == {name: 1} for name in names if name)

@@ -350,7 +350,7 @@ def test_a_constant_reward_and_a_continued_run(pool: Pool, folder: Path, padded_
 
 
 def test_rules_can_be_switched_off_and_made_to_stop(pool: Pool, folder: Path, padded_with_eos: str) -> None:
-    options = [padded_with_eos, "reward.name=judge.py:constant", "guards.off=[pad_is_eos,weight_checksum]"]
+    options = [padded_with_eos, "reward.name=judge.py:constant", "guards.ignore=[pad_is_eos,weight_checksum]"]
     options += ["guards.stop=[silent_groups]", "guards.limits.constant_reward=-1"]
     error, alarms, directory = broken(pool, folder, nothing, "dp", 4, *options, name="chosen")
     assert error.startswith("GuardError: step 3: silent_groups: rollout/silent_groups is 1, above 0.95")
@@ -379,7 +379,7 @@ def test_self_distillation(
 
 def test_a_student_that_leaves_its_list(pool: Pool, folder: Path) -> None:
     options = ["optim.weight_decay=30", "rollout.temperature=0.2", "optim.lr=1e-7", "distill.topk=20"]
-    options.append("guards.off=[teacher_is_lost]")  # a random model makes noise of its context
+    options.append("guards.ignore=[teacher_is_lost]")  # a random model makes noise of its context
     error, alarms, _ = broken(pool, folder, hot_updates, "dp", 9, *options, name="sdpo_hot", config="sdpo.yaml")
     assert error == ""
     assert alarms == {"entropy_jump": 7, "entropy_explosion": 8, "topk_mass_fall": 9, "topk_mass_low": 9}

@@ -114,7 +114,11 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
         ["train.max_tokens_per_micro_batch=5"],
         ["6 tokens", "max_tokens"],
     ),
-    "unknown guard": (lambda f: None, ["guards.off=[grad_spikes]"], ["guards.off", "'grad_spikes'", "'grad_spike'"]),
+    "unknown guard": (
+        lambda f: None,
+        ["guards.ignore=[grad_spikes]"],
+        ["guards.ignore", "'grad_spikes'", "'grad_spike'"],
+    ),
     "limit with an option of its own": (
         lambda folder: None,
         ["guards.limits={parity: 0.1}"],

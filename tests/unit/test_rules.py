@@ -280,12 +280,12 @@ def test_a_continued_watch_is_the_uninterrupted_one(rule: str) -> None:
 
 
 def choose(**changes: Any) -> dict:
-    options: dict[str, Any] = {"off": [], "stop": [], "limits": {}, "parity_tolerance": 0.25, "max_skipped_steps": 5}
+    options: dict[str, Any] = {"ignore": [], "stop": [], "limits": {}, "parity_tolerance": 0.25, "max_skipped_steps": 5}
     return {rule.name: rule for rule in chosen_rules(**(options | {"signed_kl": False} | changes))}
 
 
 def test_options_choose() -> None:
-    rules = choose(off=["pad_is_eos"], stop=["grad_spike"], limits={"truncated": 0.5})
+    rules = choose(ignore=["pad_is_eos"], stop=["grad_spike"], limits={"truncated": 0.5})
     assert set(RULES) - set(rules) == {"pad_is_eos"}
     assert (rules["parity"].limit, rules["skipped_in_a_row"].patience, rules["truncated"].limit) == (0.25, 5, 0.5)
     assert rules["grad_spike"].action is Action.stop and RULES["grad_spike"].action is Action.warn
@@ -295,7 +295,7 @@ def test_options_choose() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"off": ["pad_eos"]}, "guards.off names 'pad_eos', which is no rule; did you mean 'pad_is_eos'?"),
+        ({"ignore": ["pad_eos"]}, "guards.ignore names 'pad_eos', which is no rule; did you mean 'pad_is_eos'?"),
         ({"stop": ["reward_drop"]}, "guards.stop names 'reward_drop', which is no rule; did you mean 'reward_fall'?"),
         ({"limits": {"entropy_lo": 1}}, "guards.limits names 'entropy_lo', which is no rule; did you mean"),
         ({"limits": {"skipped_in_a_row": 4}}, "this one is set by guards.max_skipped_steps"),
