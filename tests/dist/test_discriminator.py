@@ -171,3 +171,69 @@ def test_it_learns_to_tell(pool: Pool, model: str) -> None:
     history = pool.run(training, 2, model, {"lr": 3e-3}, 24)[0]
     assert history[-1]["critic/d_acc"] > 0.9 and history[-1]["critic/d_loss"] < 0.5 * history[0]["critic/d_loss"]
     assert history[-1]["critic/score_diff"] > history[0]["critic/score_diff"] + 1
+
+
+MARK, FILLER, HELD_OUT = 50, 60, 400
+
+
+def biased_pairs(count: int, seed: int) -> tuple[list, list, list]:
+    """Teachers say one word more often, four of five times, students one of five; and they fill up more."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def response(low: int, high: int, often: float) -> list[int]:
+        size = int(torch.randint(low, high, (), generator=draw))
+        words = torch.randint(3, 40, (3,), generator=draw)
+        if torch.rand((), generator=draw) < often:
+            words[int(torch.randint(0, 3, (), generator=draw))] = MARK
+        return [*words.tolist(), *[FILLER] * (size - 3), 2]
+
+    prompts = torch.randint(3, 40, (count, 4), generator=draw).tolist()
+    return prompts, [response(6, 16, 0.8) for _ in prompts], [[response(3, 13, 0.2)] for _ in prompts]
+
+
+def learned(directory: str, options: dict, steps: int) -> list[tuple[float, float]]:
+    """(d_acc, correlation of score and length) on held-out pairs, before and after training.
+
+    What is taken off for the length there is what the last batch of training says of it.
+    """
+    from megatron_rl.algorithms.discriminator import length_correlation, length_slope
+    from megatron_rl.trainers.discriminator import make_pairs
+
+    judge = make_discriminator(directory, {}, lr=3e-3, **options)
+
+    def judged(count: int, seed: int) -> Any:
+        sides = biased_pairs(count, seed)
+        return judge.judge(*make_pairs(*sides, [[False]] * count))
+
+    def slope(batch: Any) -> Tensor | float:
+        if not judge.config.debias_length:
+            return 0.0
+        scores, lengths = (
+            torch.cat(both)
+            for both in (
+                (batch.teacher_scores, batch.student_scores),
+                (batch.teacher_lengths, batch.student_lengths),
+            )
+        )
+        return length_slope(scores, lengths, torch.arange(2).repeat_interleave(len(batch.pairs)))
+
+    def measured(of_length: Tensor | float) -> tuple[float, float]:
+        held_out = judged(HELD_OUT, 99)
+        teacher = held_out.teacher_scores - of_length * held_out.teacher_lengths
+        student = held_out.student_scores - of_length * held_out.student_lengths
+        return float((teacher > student).double().mean()), length_correlation(student, held_out.student_lengths)
+
+    batch = judged(64, 1)
+    history = [measured(slope(batch))]
+    for step in range(steps):
+        batch = judged(64, step + 1)
+        judge.update(batch)
+    return [*history, measured(slope(batch))]
+
+
+def test_length_is_taken_out_of_scores(pool: Pool, model: str) -> None:
+    """Held-out pairs are told apart; the length tells them too, unless it is taken out."""
+    (before, _), (after, correlation) = pool.run(learned, 1, model, {}, 30)[0]
+    (_, _), (freed, rest) = pool.run(learned, 1, model, {"debias_length": True}, 30)[0]
+    assert 0.3 < before < 0.7 < min(after, freed)
+    assert abs(correlation) > 0.3 and abs(rest) < 0.15, (before, after, correlation, freed, rest)
