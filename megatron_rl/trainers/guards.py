@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_rl.config.rules import Config
-from megatron_rl.config.schema import KLEstimator, PolicyGradientConfig
+from megatron_rl.config.schema import GadConfig, KLEstimator, PolicyGradientConfig
 from megatron_rl.metrics.rules import Action, Rule, chosen_rules
 from megatron_rl.metrics.watch import Alarm, Watch
 from megatron_rl.metrics.writer import drop_from
@@ -25,8 +25,10 @@ def rules_of(config: Config) -> list[Rule]:
     """The table as the config has it; ValueError on a name that is no rule."""
     guards, tolerance = config.guards, config.rollout.parity_tolerance
     assert tolerance is not None
+    # A critic that learns moves its scores, and a fall of theirs says nothing of the policy.
+    moving = ["reward_fall"] if isinstance(config, GadConfig) else []
     return chosen_rules(
-        ignore=guards.ignore,
+        ignore=[*guards.ignore, *moving],
         stop=guards.stop,
         limits=guards.limits,
         parity_tolerance=tolerance,
