@@ -291,10 +291,12 @@ def chosen_rules(
     parity_tolerance: float,
     max_skipped_steps: int,
     signed_kl: bool,
+    moving_rewards: bool,
 ) -> list[Rule]:
     """The table as a run's options have it; ValueError on a name or a limit that it has no place for.
 
-    `signed_kl`: the distance to the reference is estimated by k1, which noise may bring below zero.
+    `signed_kl`: the distance to the reference is estimated by k1, which noise may bring below zero. `moving_rewards`: they
+    are the scores of a critic that learns, and a fall of theirs says nothing of the policy.
     """
     for option, names in (("guards.ignore", ignore), ("guards.stop", stop), ("guards.limits", limits)):
         for name in names:
@@ -313,4 +315,5 @@ def chosen_rules(
         own[name]["limit"] = limit
     for name in stop:
         own[name]["action"] = Action.stop
-    return [replace(rule, **own[rule.name]) for rule in TABLE if rule.name not in ignore]
+    unwatched = {*ignore, *(("reward_fall", "zero_reward") if moving_rewards else ())}
+    return [replace(rule, **own[rule.name]) for rule in TABLE if rule.name not in unwatched]

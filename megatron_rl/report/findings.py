@@ -51,12 +51,13 @@ def rules_of(run: RunData) -> list[Rule]:
         return list(TABLE)
     tolerance = config.get("rollout", {}).get("parity_tolerance")
     return chosen_rules(
-        off=guards.get("off", []),
+        ignore=guards.get("ignore", []),
         stop=guards.get("stop", []),
         limits=guards.get("limits", {}),
         parity_tolerance=RULES["parity"].limit if tolerance is None else tolerance,
         max_skipped_steps=guards.get("max_skipped_steps", RULES["skipped_in_a_row"].patience),
         signed_kl=config.get("kl", {}).get("estimator") == "k1",
+        moving_rewards=config["trainer"] == "gad",
     )
 
 

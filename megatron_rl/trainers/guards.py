@@ -25,15 +25,14 @@ def rules_of(config: Config) -> list[Rule]:
     """The table as the config has it; ValueError on a name that is no rule."""
     guards, tolerance = config.guards, config.rollout.parity_tolerance
     assert tolerance is not None
-    # A critic that learns moves its scores, and a fall of theirs says nothing of the policy.
-    moving = ["reward_fall"] if isinstance(config, GadConfig) else []
     return chosen_rules(
-        ignore=[*guards.ignore, *moving],
+        ignore=guards.ignore,
         stop=guards.stop,
         limits=guards.limits,
         parity_tolerance=tolerance,
         max_skipped_steps=guards.max_skipped_steps,
         signed_kl=isinstance(config, PolicyGradientConfig) and config.kl.estimator is KLEstimator.k1,
+        moving_rewards=isinstance(config, GadConfig),
     )
 
 

@@ -281,12 +281,15 @@ def test_a_continued_watch_is_the_uninterrupted_one(rule: str) -> None:
 
 def choose(**changes: Any) -> dict:
     options: dict[str, Any] = {"ignore": [], "stop": [], "limits": {}, "parity_tolerance": 0.25, "max_skipped_steps": 5}
-    return {rule.name: rule for rule in chosen_rules(**(options | {"signed_kl": False} | changes))}
+    return {
+        rule.name: rule for rule in chosen_rules(**(options | {"signed_kl": False, "moving_rewards": False} | changes))
+    }
 
 
 def test_options_choose() -> None:
     rules = choose(ignore=["pad_is_eos"], stop=["grad_spike"], limits={"truncated": 0.5})
     assert set(RULES) - set(rules) == {"pad_is_eos"}
+    assert set(RULES) - set(choose(moving_rewards=True)) == {"reward_fall", "zero_reward"}
     assert (rules["parity"].limit, rules["skipped_in_a_row"].patience, rules["truncated"].limit) == (0.25, 5, 0.5)
     assert rules["grad_spike"].action is Action.stop and RULES["grad_spike"].action is Action.warn
     assert (rules["negative_kl"].limit, choose(signed_kl=True)["negative_kl"].limit) == (-1e-4, -0.05)
