@@ -295,8 +295,8 @@ def chosen_rules(
 ) -> list[Rule]:
     """The table as a run's options have it; ValueError on a name or a limit that it has no place for.
 
-    `signed_kl`: the distance to the reference is estimated by k1, which noise may bring below zero. `moving_rewards`: they
-    are the scores of a critic that learns, and a fall of theirs says nothing of the policy.
+    `signed_kl`: the distance to the reference is estimated by k1, which noise may bring below zero. `moving_rewards`:
+    they are the scores of a critic that learns, and a fall of theirs says nothing of the policy.
     """
     for option, names in (("guards.ignore", ignore), ("guards.stop", stop), ("guards.limits", limits)):
         for name in names:

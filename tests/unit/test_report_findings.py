@@ -173,7 +173,7 @@ def test_the_options_and_alarms_of_the_run_count(tmp_path: Path) -> None:
     write_lines(tmp_path, rows)
     assert set(found_in(tmp_path)) == {"truncated", "pad_is_eos"}
     (tmp_path / "config.yaml").write_text(
-        "trainer: grpo\nguards: {'off': [pad_is_eos], limits: {truncated: 0.96}}\nrollout: {parity_tolerance: 0.25}\n"
+        "trainer: grpo\nguards: {ignore: [pad_is_eos], limits: {truncated: 0.96}}\nrollout: {parity_tolerance: 0.25}\n"
     )
     assert found_in(tmp_path) == {}
     alarm = {"step": 9, "rule": "parity", "figure": "rollout/log_prob_gap_max", "value": 0.5, "threshold": 0.25}
