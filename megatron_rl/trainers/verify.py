@@ -258,7 +258,8 @@ def _table(config: Config, folder: str, *, critic: bool) -> bool:
 def _verdict(config: Config, world: int, failed: bool, *, critic: bool) -> str:
     family = load_shape(config.model.path).family.name
     said = "differs by more than" if failed else "is the same within"
+    whose = f"the critic of {config.trainer}" if critic else config.trainer
     return (
-        f"{config.trainer}{"'s critic" if critic else ''} on a tiny {family}, {world} rank(s): the gradient {said} {TOLERANCE:g} (relative, float32) "
+        f"{whose} on a tiny {family}, {world} rank(s): the gradient {said} {TOLERANCE:g} (relative, float32) "
         "of that of one rank and one micro-batch"
     )
