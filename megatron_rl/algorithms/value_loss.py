@@ -24,7 +24,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: flo
     error = (values - returns).square()
     if clip is None:
         return ValueLoss(error / 2, torch.zeros_like(error, dtype=torch.bool))
-    near = old_values + (values - old_values).clamp(-clip, clip)
+    near = values.clamp(old_values - clip, old_values + clip)  # exactly the value itself where it is in the band
     clipped = (near - returns).square()
     return ValueLoss(torch.maximum(error, clipped) / 2, clipped > error)
 

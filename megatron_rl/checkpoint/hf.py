@@ -145,11 +145,13 @@ def write_model(
     *,
     like: str | Path,
     write: bool,
+    changes: Mapping[str, Any] = {},
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Drains `weights` (a collective: every rank calls this) and, on the one rank with `write`, stores the model.
 
-    `like` is the directory the model came from: its config, generation config, tokenizer and chat template are copied.
+    `like` is the directory the model came from: its config, with `changes`, generation config, tokenizer and chat
+    template are copied.
     The directory appears whole, or not at all.
     """
     if not write:
@@ -181,6 +183,6 @@ def write_model(
             shutil.copy2(path, partial / path.name)
     config = json.loads((partial / "config.json").read_text())
     config.pop("torch_dtype", None)
-    (partial / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2) + "\n")
+    (partial / "config.json").write_text(json.dumps(config | {**changes, "dtype": dtype}, indent=2) + "\n")
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)

@@ -39,6 +39,8 @@ ALGORITHM_DEFAULTS: dict[Algorithm, dict[str, Any]] = {
     Algorithm.dppo_kl: WITHOUT_STD | {"loss": Loss.dppo_kl, "clip_low": 0.05, "clip_high": 0.05},
     # Richemond et al., 2024.
     Algorithm.dro: GRPO | {"loss": Loss.dro},
+    # Schulman et al., 2017, with a critic for the baseline: the trainer ppo.
+    Algorithm.ppo: GRPO | {"advantage": Advantage.gae, "dual_clip": 0.0},
     # Chu et al., 2025.
     Algorithm.gpg: GRPO | {"advantage": Advantage.gpg, "loss": Loss.reinforce},
     # Other comparisons under GRPO's clipped loss: Ahmadian et al., 2024; Hao et al., 2025; Li et al., 2023; Tang et

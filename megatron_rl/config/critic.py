@@ -24,6 +24,17 @@ class CriticConfig:
 
 
 @dataclass(kw_only=True)
+class PpoOptions:
+    """From rewards and values of tokens to advantages and returns, and what the critic makes of these; docs/ppo.md."""
+
+    gamma: float = 1.0  # discount per token
+    lam: float = 1.0  # of generalized advantage estimation: 1 trusts rewards, 0 the critic
+    value_clip: float | None = 0.5  # how far an update may move a value and still learn from it; null: no bound
+    whiten: bool = True  # advantages of a rollout batch have mean 0 and variance 1
+    critic_warmup: int = 0  # first steps, in which the critic learns alone
+
+
+@dataclass(kw_only=True)
 class DiscriminatorConfig:
     """How responses of teacher and policy are scored and told apart; see docs/gad.md."""
 

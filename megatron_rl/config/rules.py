@@ -20,6 +20,7 @@ from megatron_rl.config.schema import (
     KLPlace,
     Loss,
     PolicyGradientConfig,
+    PpoConfig,
     RolloutConfig,
     SdpoConfig,
     SftConfig,
@@ -31,6 +32,7 @@ Config = SftConfig | PolicyConfig
 
 # More than this is a slip of the hand, and would keep the check itself busy for hours.
 MOST_RANKS, MOST_SEQUENCES = 2**16, 2**20
+WITHOUT_GROUPS = (Advantage.remax, Advantage.reinforce_plus_plus, Advantage.gae)
 AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 
 
@@ -154,6 +156,8 @@ def check(config: Config) -> None:
         _check_kl(config)
     if isinstance(config, GrpoConfig):
         _check_ema(config)
+    if isinstance(config, PpoConfig):
+        _check_ppo(config)
     if isinstance(config, GadConfig):
         _check_gad(config)
     if isinstance(config, SdpoConfig):
@@ -265,8 +269,19 @@ def _check_algorithm(config: PolicyConfig) -> None:
         algorithm.aggregation in AGGREGATIONS,
         f"algorithm.aggregation={algorithm.aggregation!r} is not one of {', '.join(AGGREGATIONS)}",
     )
+    assert algorithm.advantage is not None
     _require(
-        config.rollout.group_size > 1 or algorithm.advantage in (Advantage.remax, Advantage.reinforce_plus_plus),
+        isinstance(config, PpoConfig) or algorithm.advantage is not Advantage.gae,
+        f"algorithm.advantage=gae (algorithm.name={algorithm.name.value}) needs a critic, which trainer: "
+        f"{config.trainer} has not: set trainer: ppo, or another algorithm",
+    )
+    _require(
+        not isinstance(config, PpoConfig) or algorithm.advantage is Advantage.gae,
+        f"algorithm.advantage={algorithm.advantage.value} (algorithm.name={algorithm.name.value}) has no use for a "
+        "critic: set algorithm.name=ppo or algorithm.advantage=gae, or trainer: grpo",
+    )
+    _require(
+        config.rollout.group_size > 1 or algorithm.advantage in WITHOUT_GROUPS,
         f"rollout.group_size={config.rollout.group_size} must be at least 2: advantages compare answers to one prompt",
     )
     _check_rollout_batches(config)
@@ -301,6 +316,18 @@ def _check_ema(config: GrpoConfig) -> None:
         f"ema.axis={ema.axis.value} smooths the ratios of ppo_clip and does not go with algorithm.loss="
         f"{loss.value if loss else None}: use ema.axis=none or algorithm.loss=ppo_clip",
     )
+
+
+def _check_ppo(config: PpoConfig) -> None:
+    ppo = config.ppo
+    _require(0 < ppo.gamma <= 1, f"ppo.gamma={ppo.gamma} must be in (0, 1]; 1 discounts nothing")
+    _require(0 <= ppo.lam <= 1, f"ppo.lam={ppo.lam} must be between 0 and 1")
+    _require(
+        ppo.value_clip is None or ppo.value_clip > 0,
+        f"ppo.value_clip={ppo.value_clip} must be greater than 0, or null for no bound",
+    )
+    _require(ppo.critic_warmup >= 0, f"ppo.critic_warmup={ppo.critic_warmup} must not be negative")
+    _check_optim("critic.optim", config.critic.optim)
 
 
 def _check_gad(config: GadConfig) -> None:
@@ -349,6 +376,11 @@ def _check_rollout_batches(config: PolicyConfig) -> None:
     batches, buffer = algorithm.max_rollout_batches, algorithm.overlong_buffer
     assert batches is not None and buffer is not None
     _require(batches >= 1, f"algorithm.max_rollout_batches={batches} must be at least 1, which draws no more")
+    _require(
+        batches == 1 or config.rollout.group_size > 1,
+        f"algorithm.max_rollout_batches={batches} replaces groups whose answers are all equal, as they are with "
+        "rollout.group_size=1: set algorithm.max_rollout_batches=1, or larger groups",
+    )
     _require(
         0 <= buffer <= longest,
         f"algorithm.overlong_buffer={buffer} must be between 0 and rollout.max_new_tokens={longest}",

@@ -7,7 +7,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from megatron_rl.config.average import AverageConfig
-from megatron_rl.config.critic import CriticConfig, DiscriminatorConfig
+from megatron_rl.config.critic import CriticConfig, DiscriminatorConfig, PpoOptions
 from megatron_rl.config.optim import OptimConfig
 from megatron_rl.config.sdpo import DistillConfig, RepromptConfig, TeacherConfig
 
@@ -48,6 +48,7 @@ class Algorithm(StrEnum):
     dppo_tv = "dppo_tv"
     dppo_kl = "dppo_kl"
     dro = "dro"
+    ppo = "ppo"
     rloo = "rloo"
     opo = "opo"
     gpg = "gpg"
@@ -68,6 +69,7 @@ class Advantage(StrEnum):
     pass_at_k = "pass_at_k"
     reinforce_plus_plus = "reinforce_plus_plus"
     reinforce_plus_plus_baseline = "reinforce_plus_plus_baseline"
+    gae = "gae"  # not a comparison: it needs a critic
 
 
 class Loss(StrEnum):
@@ -384,6 +386,16 @@ class GrpoConfig(PolicyGradientConfig):
 
 
 @dataclass(kw_only=True)
+class PpoConfig(GrpoConfig):
+    """Proximal policy optimisation: a critic says what was to be expected."""
+
+    trainer: str = "ppo"
+    algorithm: AlgorithmConfig = field(default_factory=lambda: AlgorithmConfig(name=Algorithm.ppo))
+    ppo: PpoOptions = field(default_factory=PpoOptions)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+
+
+@dataclass(kw_only=True)
 class GadConfig(PolicyGradientConfig):
     """Generative adversarial distillation: the policy is rewarded by a critic that tells it from a teacher."""
 
@@ -420,6 +432,7 @@ class SdpoConfig:
 SCHEMAS: dict[str, type[SftConfig] | type[PolicyGradientConfig] | type[SdpoConfig]] = {
     "sft": SftConfig,
     "grpo": GrpoConfig,
+    "ppo": PpoConfig,
     "gad": GadConfig,
     "sdpo": SdpoConfig,
 }

@@ -13,19 +13,30 @@ from megatron_rl.config.rules import Config
 from megatron_rl.parallel import device
 from megatron_rl.parallel.mesh import Mesh
 from megatron_rl.workers.average import WeightAverage
+from megatron_rl.workers.critic import CriticWorker
 from megatron_rl.workers.model_worker import ModelWorker
 
 GIB = 2**30
 NEEDED = ("torch", "megatron-core", "transformers")
 
 
-def banner(config: Config, mesh: Mesh, actor: ModelWorker, average: WeightAverage | None, done: int) -> str:
+def banner(
+    config: Config,
+    mesh: Mesh,
+    actor: ModelWorker,
+    critic: CriticWorker | None,
+    average: WeightAverage | None,
+    done: int,
+) -> str:
     """One block of lines. `done`: steps that an earlier process has done."""
     parallel = config.parallel
     cuts = f"tp={mesh.tp_size} pp={mesh.pp_size} vpp={mesh.vpp_size} dp={mesh.dp_size}"
     ways = [name for name in ("sequence_parallel", "recompute") if getattr(parallel, name)]
     used, total, place = _memory()
-    kept = "" if average is None else f"average {average.state_bytes() / GIB:.3f} GiB; "
+    beside = {"the critic's": critic, "average": average}
+    kept = "".join(
+        f"{name} {model.state_bytes() / GIB:.3f} GiB; " for name, model in beside.items() if model is not None
+    )
     lines = {
         "megatron_rl": f"{megatron_rl.__version__}, trainer {config.trainer}; "
         + (f"continues after step {done}" if done else "starts"),

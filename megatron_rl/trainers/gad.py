@@ -18,6 +18,7 @@ from megatron_rl.metrics.types import StepLog
 from megatron_rl.parallel.mesh import Mesh
 from megatron_rl.rollout.sync import push
 from megatron_rl.trainers.audit import audit_padding, audit_rollouts
+from megatron_rl.trainers.critic import critic_model
 from megatron_rl.trainers.data import train_examples
 from megatron_rl.trainers.discriminator import Discriminator, Judged, make_pairs
 from megatron_rl.trainers.objectives import updates_per_step
@@ -186,11 +187,11 @@ class GadTrainer:
 
 def build(config: GadConfig, mesh: Mesh) -> GadTrainer:
     """The trainer on this rank. The reference is the model that training starts from."""
-    parts, model, critic = Parts(config), config.model, config.critic
+    parts, model = Parts(config), config.model
     actor = ModelWorker(model, config.optim, mesh, total_steps=config.train.steps * updates_per_step(config))
     judge = CriticWorker(
-        replace(model, path=critic.path or model.path, weights=critic.weights or model.weights),
-        critic.optim,
+        critic_model(config),
+        config.critic.optim,
         mesh,
         total_steps=config.train.steps,
         reading=Reading.at,

@@ -19,12 +19,15 @@ from megatron_rl.trainers.policy_update import PolicyUpdate
 from megatron_rl.trainers.rollout_metrics import rollout_histograms, rollout_metrics, sample_records
 from megatron_rl.trainers.rollouts import greedy_rewards, rollout_batch, to_samples
 from megatron_rl.trainers.shaping import shaped_rewards, with_advantages
+from megatron_rl.workers.critic import CriticWorker
 from megatron_rl.workers.model_worker import ModelWorker
 from megatron_rl.workers.sharded_model import ShardedModel
 
 
 class GrpoTrainer:
     """One rollout batch; `epochs_per_step` times its mini-batches, one update each."""
+
+    critic: CriticWorker | None = None
 
     def __init__(
         self, config: GrpoConfig, actor: ModelWorker, reference: ShardedModel | None, parts: Parts, source: PromptSource

@@ -11,7 +11,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from megatron_rl.checkpoint.hf import SafetensorsReader
-from megatron_rl.checkpoint.store import check_model, find_checkpoint
+from megatron_rl.checkpoint.store import check_model, find_checkpoint, read_state
 from megatron_rl.config.load import Loaded
 from megatron_rl.config.rules import Config
 from megatron_rl.config.schema import PRETRAINED, RANDOM, EmaAxis, GrpoConfig, SdpoConfig, SftConfig
@@ -19,15 +19,18 @@ from megatron_rl.data.chat import encode_response
 from megatron_rl.data.planner import plan_step
 from megatron_rl.data.sources import TASK_PREFIX
 from megatron_rl.data.tokenizer import load_tokenizer
+from megatron_rl.models.build import weight_map
 from megatron_rl.models.hf_config import ModelShape, check_layout, load_shape, num_parameters, tensor_shapes
-from megatron_rl.models.hf_map import WeightMap
+from megatron_rl.models.hf_map import SCALAR_HEAD, WeightMap
 from megatron_rl.rewards.pool import RewardPool
 from megatron_rl.rewards.reasoning import check_task
 from megatron_rl.trainers.correction import read_criteria
+from megatron_rl.trainers.critic import CriticTrainerConfig, critic_model
 from megatron_rl.trainers.data import held_out_prompts, train_examples, train_prompts
 from megatron_rl.trainers.guards import rules_of
 from megatron_rl.trainers.resume import checkpoint_to_continue, latest_checkpoint
 from megatron_rl.trainers.sdpo import reprompt_options
+from megatron_rl.workers.critic import ROLE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +60,8 @@ def preflight(config: Config, *, trains: bool = True) -> Findings:
     _check_vocabulary(tokenizer, shape)
     lengths, rows = _first_step(config, tokenizer)
     held_out = held_out_prompts(config, tokenizer)
+    if isinstance(config, CriticTrainerConfig):
+        _check_critic(config, tokenizer)
     if not isinstance(config, SftConfig):
         read_criteria(config.rollout_correction.reject)
     if isinstance(config, SdpoConfig):
@@ -113,6 +118,30 @@ def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, shape: ModelShape) -> 
             f"the tokenizer has {len(tokenizer)} tokens and the model's vocabulary {shape.vocab_size}: they do not "
             "belong together, or the model's embedding must be resized"
         )
+
+
+def _check_critic(config: CriticTrainerConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The critic can be cut like the policy, reads its tokens, and has weights to start from."""
+    model, parallel = critic_model(config), config.parallel
+    try:
+        shape = load_shape(model.path).as_scalar()
+        check_layout(shape, tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp)
+        own = load_tokenizer(model.path).get_vocab()
+    except ValueError as error:
+        raise ValueError(f"critic.path={model.path!r}: {error}") from error
+    if own != tokenizer.get_vocab() or len(own) > shape.vocab_size:
+        raise ValueError(
+            f"critic.path={model.path!r} has another vocabulary ({len(own)} tokens) than the policy's in model.path="
+            f"{config.model.path!r} ({len(tokenizer)}): name a critic with the policy's tokenizer"
+        )
+    if model.weights == PRETRAINED:
+        reader = SafetensorsReader(model.path)
+        reader.check(weight_map(shape).hf_names() - (frozenset(SCALAR_HEAD.hf) - frozenset(reader.files)))
+    elif model.weights != RANDOM:
+        checkpoint = find_checkpoint(model.weights, "critic.weights" if config.critic.weights else "model.weights")
+        own_role = ROLE in read_state(checkpoint)["models"]
+        identity = shape.identity() if own_role else load_shape(model.path).identity()
+        check_model(checkpoint, ROLE if own_role else "actor", identity)
 
 
 def _first_step(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:

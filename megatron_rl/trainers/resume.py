@@ -15,10 +15,12 @@ from megatron_rl.config.rules import Config
 VERSIONED = ("megatron_rl", "torch", "megatron-core", "transformers", "numpy")
 
 # Options that may change while a run goes on: where and how fast it computes, what is saved and shown. The data and the
-# model are named here because what they hold is compared itself. Any other option is part of the mathematics.
+# models are named here because what they hold is compared itself. Any other option is part of the mathematics.
 FREE = (
     "average.offload",
     "checkpoint.",
+    "critic.path",
+    "critic.weights",
     "data.train",
     "data.val",
     "eval.",

@@ -12,7 +12,8 @@ from megatron_rl.trainers.evaluate import is_correct
 from megatron_rl.types import RolloutGroup
 
 
-def _summary(name: str, values: Sequence[float]) -> dict[str, float]:
+def summary(name: str, values: Sequence[float]) -> dict[str, float]:
+    """Mean, largest and smallest, where there are any."""
     if not values:
         return {}
     return {f"{name}/mean": fmean(values), f"{name}/max": max(values), f"{name}/min": min(values)}
@@ -28,14 +29,14 @@ def rollout_metrics(groups: Sequence[RolloutGroup], advantages: Tensor) -> dict[
     failures = count_failures(rewards)
     tokens = sum(lengths) + sum(len(group.prompt.token_ids) * len(group.rollouts) for group in groups)
     figures = {
-        **_summary("critic/score", [reward.value for reward in judged]),
-        **_summary("critic/advantages", advantages.tolist()),
+        **summary("critic/score", [reward.value for reward in judged]),
+        **summary("critic/advantages", advantages.tolist()),
         **{f"reward/{name}": fmean(r.parts[name] for r in judged if name in r.parts) for name in parts},
         **{f"reward/failed/{kind}": float(count) for kind, count in sorted(failures.items())},
         "reward/failed": float(len(rewards) - len(judged)),
-        **_summary("response_length", lengths),
+        **summary("response_length", lengths),
         "response_length/clip_ratio": fmean(rollout.finish_reason == "length" for rollout in rollouts),
-        **_summary("prompt_length", [float(len(group.prompt.token_ids)) for group in groups]),
+        **summary("prompt_length", [float(len(group.prompt.token_ids)) for group in groups]),
         "rollout/correct": fmean(map(is_correct, rewards)),
         "rollout/entropy": -fmean(log_prob for rollout in rollouts for log_prob in rollout.log_probs),
         "perf/total_num_tokens": tokens,

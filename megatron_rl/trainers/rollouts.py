@@ -55,10 +55,10 @@ def rollout_batch(
         return groups
 
     groups, calls = refill(draw, size, most)
-    return groups, {
-        "rollout/batches": float(calls),
-        "rollout/silent_groups": sum(map(is_silent, drawn)) / len(drawn),
-    }
+    figures = {"rollout/batches": float(calls)}
+    if config.rollout.group_size > 1:
+        figures["rollout/silent_groups"] = sum(map(is_silent, drawn)) / len(drawn)
+    return groups, figures
 
 
 def greedy_rewards(config: PolicyConfig, parts: Parts, groups: Sequence[RolloutGroup], timer: Timer) -> Tensor | None:

@@ -13,7 +13,7 @@ from megatron_rl.checkpoint.hf import write_model
 from megatron_rl.checkpoint.store import Role
 from megatron_rl.config.load import as_dict, save_config
 from megatron_rl.config.rules import Config
-from megatron_rl.config.schema import GadConfig, GrpoConfig, SdpoConfig, SftConfig
+from megatron_rl.config.schema import GadConfig, GrpoConfig, PpoConfig, SdpoConfig, SftConfig
 from megatron_rl.metrics.progress import NOTES, bytes_in, progress
 from megatron_rl.metrics.timing import Timer
 from megatron_rl.metrics.types import StepLog
@@ -23,9 +23,10 @@ from megatron_rl.parallel.mesh import Mesh, create_mesh, destroy_mesh
 from megatron_rl.parallel.stop import StopRequest
 from megatron_rl.parallel.watchdog import watch
 from megatron_rl.report.curves import has_curve, plot_learning_curve
-from megatron_rl.trainers import gad, grpo, sdpo, sft
+from megatron_rl.trainers import gad, grpo, ppo, sdpo, sft
 from megatron_rl.trainers.average import AveragedModel
 from megatron_rl.trainers.banner import banner
+from megatron_rl.trainers.critic import CriticTrainerConfig, classifier_config, critic_model
 from megatron_rl.trainers.data import held_out_prompts
 from megatron_rl.trainers.evaluate import Evaluator
 from megatron_rl.trainers.guards import Guards
@@ -33,6 +34,7 @@ from megatron_rl.trainers.parts import Parts
 from megatron_rl.trainers.resume import checkpoint_store, checkpoint_to_continue, differences, origin
 from megatron_rl.types import RolloutGroup
 from megatron_rl.workers.average import WeightAverage
+from megatron_rl.workers.critic import CriticWorker
 from megatron_rl.workers.model_worker import ModelWorker
 from megatron_rl.workers.sharded_model import ShardedModel
 
@@ -40,11 +42,14 @@ SHOWN_ANSWERS = 8
 
 
 class Trainer(Protocol):
-    """What a trainer brings: its parts, the model it trains and its average, one step, what must be saved of it."""
+    """What a trainer brings: its parts, the models it trains and an average, one step, what must be saved of it."""
 
     parts: Parts
     actor: ModelWorker
     average: WeightAverage | None
+
+    @property
+    def critic(self) -> CriticWorker | None: ...
 
     def roles(self) -> dict[str, Role]: ...
 
@@ -63,6 +68,8 @@ def build(config: Config, mesh: Mesh) -> Trainer:
         return sdpo.build(config, mesh)
     if isinstance(config, GadConfig):
         return gad.build(config, mesh)
+    if isinstance(config, PpoConfig):
+        return ppo.build(config, mesh)
     assert isinstance(config, GrpoConfig)
     return grpo.build(config, mesh)
 
@@ -113,7 +120,8 @@ class Run:
                 wandb=self.config.log.wandb,
                 config=as_dict(self.config),
             )
-            print(banner(self.config, self.mesh, self.trainer.actor, self.trainer.average, done), flush=True)
+            made = self.trainer.actor, self.trainer.critic, self.trainer.average
+            print(banner(self.config, self.mesh, *made, done), flush=True)
             for difference in self.differences:
                 print(f"{'changed':<14} {difference}", flush=True)
         try:
@@ -214,20 +222,28 @@ class Run:
         return metrics | seconds
 
     def _exported(self) -> bool:
-        return all((self.directory / name).is_dir() for name in ("hf", *(["hf_average"] if self.averaged else [])))
+        kept = {"hf": True, "hf_average": self.averaged is not None, "hf_critic": self.trainer.critic is not None}
+        return all((self.directory / name).is_dir() for name, there in kept.items() if there)
 
     def _export_all(self) -> None:
         self._export(self.trainer.actor, "hf")
         if self.averaged is not None:
             self._export(self.averaged.now(), "hf_average")
+        if self.trainer.critic is not None:
+            assert isinstance(self.config, CriticTrainerConfig)
+            like = critic_model(self.config).path
+            self._export(self.trainer.critic, "hf_critic", like=like, changes=classifier_config(like))
 
-    def _export(self, model: ShardedModel, name: str) -> None:
+    def _export(
+        self, model: ShardedModel, name: str, *, like: str | None = None, changes: Mapping[str, Any] = {}
+    ) -> None:
         with self._writing(self.directory / f"{name}.partial", "export"):
             write_model(
                 model.named_hf_weights(),
                 self.directory / name,
-                like=self.config.model.path,
+                like=like or self.config.model.path,
                 write=dist.get_rank() == 0,
+                changes=changes,
             )
 
     def _draw(self, step: int) -> None:

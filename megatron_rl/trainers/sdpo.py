@@ -28,6 +28,7 @@ from megatron_rl.trainers.rollout_metrics import rollout_histograms, rollout_met
 from megatron_rl.trainers.rollouts import greedy_rewards, rollout_batch, to_samples
 from megatron_rl.trainers.shaping import reward_values, shaped_rewards, with_advantages
 from megatron_rl.types import RolloutGroup
+from megatron_rl.workers.critic import CriticWorker
 from megatron_rl.workers.distillation import Distillation, Targets
 from megatron_rl.workers.model_worker import ModelWorker
 from megatron_rl.workers.teacher import Teacher
@@ -52,6 +53,8 @@ class SdpoTrainer:
 
     Where it `blends`, responses without a target count in the policy loss; otherwise they are left out.
     """
+
+    critic: CriticWorker | None = None
 
     def __init__(
         self, config: SdpoConfig, actor: ModelWorker, teacher: Teacher, parts: Parts, source: PromptSource

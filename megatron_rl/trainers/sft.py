@@ -15,12 +15,15 @@ from megatron_rl.trainers.audit import audit_padding, audit_samples
 from megatron_rl.trainers.average import kept_average, take_step
 from megatron_rl.trainers.data import train_examples
 from megatron_rl.trainers.parts import Parts
+from megatron_rl.workers.critic import CriticWorker
 from megatron_rl.workers.model_worker import ModelWorker
 from megatron_rl.workers.objective import NegativeLogLikelihood
 
 
 class SftTrainer:
     """One batch of examples, one update."""
+
+    critic: CriticWorker | None = None
 
     def __init__(self, config: SftConfig, actor: ModelWorker, parts: Parts, source: ExampleSource) -> None:
         self.config, self.actor, self.parts, self.source = config, actor, parts, source

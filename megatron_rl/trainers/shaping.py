@@ -11,7 +11,7 @@ from megatron_rl.algorithms import advantages
 from megatron_rl.algorithms.kl import kl
 from megatron_rl.algorithms.overlong import overlong_penalty
 from megatron_rl.config.rules import PolicyConfig
-from megatron_rl.config.schema import Advantage, AlgorithmConfig, KLPlace, PolicyGradientConfig
+from megatron_rl.config.schema import Advantage, AlgorithmConfig, KLConfig, KLPlace, PolicyGradientConfig
 from megatron_rl.data.samples import Sample
 from megatron_rl.types import RolloutGroup
 
@@ -21,10 +21,10 @@ def reward_values(groups: Sequence[RolloutGroup]) -> Tensor:
     return torch.tensor([reward.value for group in groups for reward in group.rewards], dtype=torch.float64)
 
 
-def shaped_rewards(
+def outcome_rewards(
     config: PolicyConfig, groups: Sequence[RolloutGroup], samples: Sequence[Sample]
 ) -> tuple[Tensor, dict[str, float]]:
-    """Rewards [n] float64, less what length and distance to the reference cost where the config says so."""
+    """Rewards [n] float64, less what length costs where the config says so."""
     algorithm = config.algorithm
     rewards = reward_values(groups)
     metrics: dict[str, float] = {}
@@ -37,16 +37,51 @@ def shaped_rewards(
         )
         rewards = rewards + penalty
         metrics |= {"reward/overlong": float(penalty.mean()), "rollout/overlong": fmean((penalty < 0).tolist())}
-    if isinstance(config, PolicyGradientConfig) and config.kl.where is KLPlace.reward:
-        settings = config.kl
-        distances = sample_kl(samples, settings.estimator.value)
-        rewards = rewards - settings.coeff * torch.stack([distance.sum() for distance in distances])
-        means = [float(distance.mean()) for distance in distances if distance.numel()]
-        metrics |= {
-            "actor/reward_kl_penalty": fmean(means) if means else math.nan,
-            "actor/reward_kl_penalty_coeff": settings.coeff,
-        }
     return rewards, metrics
+
+
+def shaped_rewards(
+    config: PolicyConfig, groups: Sequence[RolloutGroup], samples: Sequence[Sample]
+) -> tuple[Tensor, dict[str, float]]:
+    """Rewards [n] float64, less what length and distance to the reference cost where the config says so."""
+    rewards, metrics = outcome_rewards(config, groups, samples)
+    if isinstance(config, PolicyGradientConfig) and config.kl.where is KLPlace.reward:
+        penalties, figures = kl_penalties(config.kl, samples)
+        return rewards - torch.stack([penalty.sum() for penalty in penalties]), metrics | figures
+    return rewards, metrics
+
+
+def token_rewards(
+    config: PolicyGradientConfig, groups: Sequence[RolloutGroup], samples: Sequence[Sample]
+) -> tuple[Tensor, dict[str, float]]:
+    """Rewards of the loss-bearing tokens of all samples [N] float64: the outcome's at the last token of each.
+
+    Where the config says so, each token loses what its own distance to the reference costs.
+    """
+    rewards, metrics = outcome_rewards(config, groups, samples)
+    values = at_last_tokens(rewards, torch.tensor([int(sample.loss_mask.sum()) for sample in samples]))
+    if config.kl.where is KLPlace.reward:
+        penalties, figures = kl_penalties(config.kl, samples)
+        return values - torch.cat(penalties), metrics | figures
+    return values, metrics
+
+
+def at_last_tokens(rewards: Tensor, lengths: Tensor) -> Tensor:
+    """[N] float64, zero but at the last of the `lengths` [n] tokens of each sequence; one without tokens has none."""
+    values = torch.zeros(int(lengths.sum()), dtype=torch.float64)
+    held = lengths > 0
+    values[lengths.cumsum(0)[held] - 1] = rewards[held]
+    return values
+
+
+def kl_penalties(settings: KLConfig, samples: Sequence[Sample]) -> tuple[list[Tensor], dict[str, float]]:
+    """Per sample, what the distance to the reference costs at each loss-bearing token, float64."""
+    distances = sample_kl(samples, settings.estimator.value)
+    means = [float(distance.mean()) for distance in distances if distance.numel()]
+    return [settings.coeff * distance for distance in distances], {
+        "actor/reward_kl_penalty": fmean(means) if means else math.nan,
+        "actor/reward_kl_penalty_coeff": settings.coeff,
+    }
 
 
 def sample_kl(samples: Sequence[Sample], estimator: str) -> list[Tensor]:
@@ -99,7 +134,4 @@ def _token_advantages(config: AlgorithmConfig, rewards: Tensor, group_ids: Tenso
     sequence_ids = torch.arange(len(lengths)).repeat_interleave(lengths)
     if config.advantage is Advantage.reinforce_plus_plus_baseline:
         return advantages.reinforce_plus_plus_baseline(rewards, group_ids, sequence_ids)
-    token_rewards = torch.zeros(len(sequence_ids), dtype=torch.float64)
-    held = lengths > 0
-    token_rewards[lengths.cumsum(0)[held] - 1] = rewards[held]
-    return advantages.reinforce_plus_plus(token_rewards, sequence_ids, gamma=config.discount)
+    return advantages.reinforce_plus_plus(at_last_tokens(rewards, lengths), sequence_ids, gamma=config.discount)

@@ -16,16 +16,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.config.rules import Config
-from megatron_rl.config.schema import RANDOM, ModelConfig, OptimConfig, SdpoConfig, SftConfig
+from megatron_rl.config.schema import RANDOM, ModelConfig, OptimConfig, PpoConfig, SdpoConfig, SftConfig
 from megatron_rl.config.sdpo import TeacherMode
 from megatron_rl.data.planner import StepPlan
 from megatron_rl.data.samples import Sample, from_example, weighed
 from megatron_rl.models.hf_config import load_config, load_shape
 from megatron_rl.parallel.collect import any_rank
 from megatron_rl.parallel.device import device
-from megatron_rl.parallel.mesh import create_mesh, destroy_mesh, join_world
+from megatron_rl.parallel.mesh import Mesh, create_mesh, destroy_mesh, join_world
 from megatron_rl.trainers.objectives import policy_objective
 from megatron_rl.trainers.sdpo import distillation, with_weights
+from megatron_rl.workers.critic import CriticWorker, Reading, ValueRegression
 from megatron_rl.workers.distillation import Targets
 from megatron_rl.workers.model_worker import ModelWorker
 from megatron_rl.workers.objective import NegativeLogLikelihood, Objective
@@ -149,7 +150,7 @@ def make_sequences() -> list[Sample]:
     return samples
 
 
-def make_samples(config: Config, objective: Objective) -> list[Sample]:
+def make_samples(config: Config, objective: Objective | ValueRegression) -> list[Sample]:
     """The sequences with their weights, and fields that clip now and then. Every third has no teacher's target."""
     draw = torch.Generator().manual_seed(4)
     samples = []
@@ -157,6 +158,8 @@ def make_samples(config: Config, objective: Objective) -> list[Sample]:
         for name in objective.field_names:
             if name == "advantages":
                 sample = sample.with_constant(name, float(torch.randn((), generator=draw)))
+            elif name in ("returns", "old_values"):
+                sample = sample.with_field(name, 0.5 * torch.randn(sample.response_length, generator=draw))
             elif name not in ("weights", "distill_weights"):
                 sample = sample.with_field(name, -4.6 + 0.3 * torch.randn(sample.response_length, generator=draw))
         samples.append(sample)
@@ -164,16 +167,19 @@ def make_samples(config: Config, objective: Objective) -> list[Sample]:
         return weighed(samples, "token-mean")
     if isinstance(config, SdpoConfig):
         return with_weights(config, samples, [None if sample.id % 3 == 0 else 1 + sample.id for sample in samples])
-    return weighed(samples, str(config.algorithm.aggregation), horizon=config.rollout.max_new_tokens)
+    aggregation = "token-mean" if isinstance(objective, ValueRegression) else str(config.algorithm.aggregation)
+    return weighed(samples, aggregation, horizon=config.rollout.max_new_tokens)
 
 
-def gradient(config: Config, directory: str, cut: Cut) -> Gradient:
-    """The loss and every gradient by Hugging Face name, on every rank of a world that has been joined."""
+def gradient(config: Config, directory: str, cut: Cut, *, critic: bool = False) -> Gradient:
+    """The loss and every gradient by Hugging Face name, on every rank of a world that has been joined.
+
+    Of the policy, or of the critic's regression.
+    """
     mesh = create_mesh(**cut.layout)
     model = ModelConfig(path=directory, weights=RANDOM)
-    worker = ModelWorker(model, OptimConfig(), mesh, total_steps=1)
+    worker, objective = _critic(config, model, mesh) if critic else _policy(config, model, mesh)
     worker.vocabulary_chunk = cut.chunk
-    objective = objective_of(config, worker)
     samples = make_samples(config, objective)
     if cut.backwards:
         samples.reverse()
@@ -181,8 +187,19 @@ def gradient(config: Config, directory: str, cut: Cut) -> Gradient:
     metrics = worker.forward_backward(samples, plan, objective)
     named = {name: value.float().cpu().clone() for name, value in worker.named_hf_gradients()}
     worker.close()
-    loss = metrics["sft/loss" if isinstance(config, SftConfig) else "actor/loss"].result()
-    return Gradient(loss, named)
+    name = "critic/vf_loss" if critic else "sft/loss" if isinstance(config, SftConfig) else "actor/loss"
+    return Gradient(metrics[name].result(), named)
+
+
+def _policy(config: Config, model: ModelConfig, mesh: Mesh) -> tuple[ModelWorker, Any]:
+    worker = ModelWorker(model, OptimConfig(), mesh, total_steps=1)
+    return worker, objective_of(config, worker)
+
+
+def _critic(config: Config, model: ModelConfig, mesh: Mesh) -> tuple[ModelWorker, Any]:
+    assert isinstance(config, PpoConfig)
+    critic = CriticWorker(model, OptimConfig(), mesh, total_steps=1, reading=Reading.before)
+    return critic, ValueRegression(config.ppo.value_clip)
 
 
 def _one_by_one(count: int, ranks: int) -> StepPlan:
@@ -207,33 +224,42 @@ def verify(config: Config) -> int:
     load_shape(config.model.path)
     with tempfile.TemporaryDirectory() as folder:
         tiny_directory(config.model.path, Path(folder))
-        join_world(alone=True)
-        expected = gradient(config, folder, Cut(name="reference", max_tokens=WIDE))
-        destroy_mesh()
-        join_world("verify")
-        world, first = dist.get_world_size(), dist.get_rank() == 0
-        failed = False
-        if first:
-            print(f"{'cut':<34} {'loss':>9} {'gradient':>9}   worst parameter")
-        for cut in cuts(world):
-            apart = difference(gradient(config, folder, cut), expected)
-            wrong = any_rank(not (apart.loss <= TOLERANCE and apart.gradient <= TOLERANCE))
-            failed |= wrong
-            if first:
-                verdict = "DIFFERS" if wrong else ""
-                print(f"{cut.name:<34} {apart.loss:9.1e} {apart.gradient:9.1e}   {apart.worst} {verdict}", flush=True)
-            destroy_mesh()
-            join_world(f"after {cut.name}")
-        if first:
-            print(_verdict(config, world, failed))
-        destroy_mesh()
+        failed = _table(config, folder, critic=False)
+        if isinstance(config, PpoConfig):
+            failed |= _table(config, folder, critic=True)
     return int(failed)
 
 
-def _verdict(config: Config, world: int, failed: bool) -> str:
+def _table(config: Config, folder: str, *, critic: bool) -> bool:
+    """Prints how far every cut is from one rank and one micro-batch; whether any is too far. Collective."""
+    join_world(alone=True)
+    expected = gradient(config, folder, Cut(name="reference", max_tokens=WIDE), critic=critic)
+    destroy_mesh()
+    join_world(f"verify {critic}")
+    world, first = dist.get_world_size(), dist.get_rank() == 0
+    failed = False
+    if first:
+        print(f"{'cut':<34} {'loss':>9} {'gradient':>9}   worst parameter")
+    for cut in cuts(world):
+        apart = difference(gradient(config, folder, cut, critic=critic), expected)
+        wrong = any_rank(not (apart.loss <= TOLERANCE and apart.gradient <= TOLERANCE))
+        failed |= wrong
+        if first:
+            verdict = "DIFFERS" if wrong else ""
+            print(f"{cut.name:<34} {apart.loss:9.1e} {apart.gradient:9.1e}   {apart.worst} {verdict}", flush=True)
+        destroy_mesh()
+        join_world(f"after {cut.name} {critic}")
+    if first:
+        print(_verdict(config, world, failed, critic=critic))
+    destroy_mesh()
+    return failed
+
+
+def _verdict(config: Config, world: int, failed: bool, *, critic: bool) -> str:
     family = load_shape(config.model.path).family.name
     said = "differs by more than" if failed else "is the same within"
+    whose = f"the critic of {config.trainer}" if critic else config.trainer
     return (
-        f"{config.trainer} on a tiny {family}, {world} rank(s): the gradient {said} {TOLERANCE:g} (relative, float32) "
+        f"{whose} on a tiny {family}, {world} rank(s): the gradient {said} {TOLERANCE:g} (relative, float32) "
         "of that of one rank and one micro-batch"
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from megatron_rl.algorithms.value_loss import value_loss
 from megatron_rl.checkpoint.hf import SafetensorsReader
 from megatron_rl.checkpoint.store import find_checkpoint, load_weights, read_state
 from megatron_rl.config.schema import PRETRAINED, RANDOM, ModelConfig, OptimConfig
@@ -22,7 +23,7 @@ from megatron_rl.models.random_weights import RandomWeights, WithScalarHead, sca
 from megatron_rl.parallel.mesh import Mesh
 from megatron_rl.parallel.schedule import LossFunction, run_schedule
 from megatron_rl.workers.model_worker import ModelWorker
-from megatron_rl.workers.objective import Outcome
+from megatron_rl.workers.objective import Outcome, token_mean
 
 ROLE = "critic"
 HEAD = SCALAR_HEAD.megatron
@@ -52,6 +53,27 @@ class WeighedValues:
     def __call__(self, tokens: ValueTokens) -> Outcome:
         loss = (tokens.batch.fields["slopes"] * tokens.values).sum()
         return Outcome(loss, {"critic/weighed_values": Sum(float(loss.detach()))})
+
+
+@dataclass(frozen=True, slots=True)
+class ValueRegression:
+    """PPO's loss of a value function: sum_t w_t l_t, with l of `algorithms/value_loss.py` and its `clip`."""
+
+    clip: float | None
+    field_names: tuple[str, ...] = ("weights", "returns", "old_values")
+
+    def __call__(self, tokens: ValueTokens) -> Outcome:
+        fields = tokens.batch.fields
+        per_token = value_loss(tokens.values, fields["old_values"], fields["returns"], clip=self.clip)
+        loss = (fields["weights"] * per_token.loss).sum()
+        return Outcome(
+            loss,
+            {
+                "critic/vf_loss": Sum(float(loss.detach())),
+                "critic/vf_clipfrac": token_mean(per_token.clipped.float()),
+                "critic/vpred_mean": token_mean(tokens.values),
+            },
+        )
 
 
 class CriticWorker(ModelWorker):

@@ -96,6 +96,63 @@ def test_values_and_gradients_are_those_of_a_dense_model(pool: Pool, model: str,
             assert (gradient.double() - slopes[name]).abs().max() < 1e-5 * scale, name
 
 
+def returns_and_old_values() -> list:
+    """The sequences of the invariance test, with targets near and far from the values, and weights."""
+    from megatron_rl.data.samples import weighed
+
+    generator = torch.Generator().manual_seed(9)
+    samples = make_samples("token-mean")
+    for name in ("returns", "old_values"):
+        samples = [s.with_field(name, 0.4 * torch.randn(s.response_length, generator=generator)) for s in samples]
+    return weighed(samples, "token-mean")
+
+
+def regression(directory: str, layout: dict) -> tuple[float, float, dict[str, Tensor]]:
+    from megatron_rl.workers.critic import ValueRegression
+
+    worker, samples = make_critic(directory, layout, "before"), returns_and_old_values()
+    metrics = worker.forward_backward(samples, worker.plan(samples, 48), ValueRegression(0.2))
+    named = {name: gradient.float().clone() for name, gradient in worker.named_hf_gradients()}
+    worker.close()
+    return metrics["critic/vf_loss"].result(), metrics["critic/vf_clipfrac"].result(), named
+
+
+def dense_regression(directory: str) -> tuple[float, float, dict[str, Tensor]]:
+    """The loss with its clip written out, on values of transformers in float64; the mean over all tokens."""
+    from transformers import AutoModel
+
+    from megatron_rl.models.random_weights import scalar_head
+
+    body = AutoModel.from_pretrained(directory, dtype=torch.float64)
+    head = scalar_head(body.config.hidden_size, 7).double().requires_grad_()
+    losses, clipped = [], []
+    for sample in returns_and_old_values():
+        hidden = body(sample.token_ids[None]).last_hidden_state[0]
+        values = (hidden @ head[0])[sample.prompt_length - 1 : -1][sample.loss_mask]
+        returns, old = (sample.fields[name][sample.loss_mask].double() for name in ("returns", "old_values"))
+        near = torch.minimum(torch.maximum(values, old - 0.2), old + 0.2)
+        free, bound = (values - returns) ** 2, (near - returns) ** 2
+        losses.append(torch.where(bound > free, bound, free) / 2)
+        clipped.append((bound > free).double())
+    loss = torch.cat(losses).mean()
+    loss.backward()
+    gradients = {f"model.{name}": parameter.grad for name, parameter in body.named_parameters()}
+    return loss.item(), torch.cat(clipped).mean().item(), {**gradients, "score.weight": head.grad}
+
+
+@pytest.mark.parametrize("cut", ["tp1", "tp2_sp", "pp2"])
+def test_ppo_regression_has_the_gradient_of_a_dense_model(pool: Pool, model: str, cut: str) -> None:
+    world, layout = CUTS[cut]
+    loss, clipped, slopes = dense_regression(model)
+    assert 0.1 < clipped < 0.9
+    for found, fraction, gradients in pool.run(regression, world, model, layout):
+        assert found == pytest.approx(loss, rel=1e-5) and fraction == pytest.approx(clipped)
+        assert gradients.keys() == slopes.keys()
+        for name, gradient in gradients.items():
+            scale = slopes[name].abs().max()
+            assert (gradient.double() - slopes[name]).abs().max() < 1e-5 * scale, name
+
+
 def measured(critic: Any) -> dict[int, Tensor]:
     samples = sloped_samples()
     return critic.values(samples, critic.plan(samples, 48))

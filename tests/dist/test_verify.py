@@ -36,6 +36,7 @@ CASES = {
         "qwen3",
         ["distill.support=full", "distill.weight=0.4", "distill.entropy_weighting=0.5", "algorithm.name=gspo"],
     ),
+    "ppo": ("ppo", "qwen2", []),
     "gspo": ("grpo", "qwen3", ["algorithm.name=gspo", "algorithm.clip_high=0.3", "algorithm.clip_low=0.3"]),
 }
 
@@ -71,10 +72,31 @@ def test_every_cut_agrees(pool: Pool, prepared: tuple[str, list[str], str]) -> N
             assert apart.loss < verify.TOLERANCE and apart.gradient < verify.TOLERANCE, (cut, apart)
 
 
+def measure_critic(config: str, overrides: list[str], directory: str, cut: Cut) -> verify.Gradient:
+    return gradient(load_config(config, overrides), directory, cut, critic=True)
+
+
+@pytest.mark.parametrize("prepared", ["ppo"], indirect=True)
+def test_every_cut_of_a_critic_agrees(pool: Pool, prepared: tuple[str, list[str], str]) -> None:
+    expected = pool.run(measure_critic, 1, *prepared, Cut(name="reference", max_tokens=verify.WIDE))[0]
+    assert expected.loss > 0 and expected.named["score.weight"].abs().max() > 0
+    for cut in cuts(2):
+        for found in pool.run(measure_critic, 2, *prepared, cut):
+            apart = difference(found, expected)
+            assert apart.loss < verify.TOLERANCE and apart.gradient < verify.TOLERANCE, (cut, apart)
+
+
 def test_every_layout_of_eight_ranks_is_there() -> None:
     layouts = {tuple(sorted(cut.layout.items())) for cut in cuts(8)}
     assert {(("pp", pp), ("tp", tp)) for tp in (1, 2, 4, 8) for pp in (1, 2, 4, 8) if tp * pp <= 8} <= layouts
     assert (("pp", 2), ("tp", 4), ("vpp", 2)) in layouts
+
+
+@pytest.mark.parametrize("prepared", ["ppo"], indirect=True)
+def test_ppo_has_two_tables(prepared: tuple[str, list[str], str], capsys: pytest.CaptureFixture) -> None:
+    assert verify.verify(load_config(prepared[0])) == 0
+    said = [line.split(",")[0] for line in capsys.readouterr().out.splitlines() if " on a tiny " in line]
+    assert said == ["ppo on a tiny qwen2", "the critic of ppo on a tiny qwen2"]
 
 
 @pytest.mark.parametrize("prepared", ["sft"], indirect=True)

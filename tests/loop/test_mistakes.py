@@ -64,8 +64,8 @@ def test_what_will_disappoint_is_said(folder: Path, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().err == ""
 
 
-def edit_config(folder: Path, **changes: object) -> None:
-    path = folder / "model" / "config.json"
+def edit_config(folder: Path, of: str = "model", **changes: object) -> None:
+    path = folder / of / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
@@ -163,6 +163,41 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_mistakes(folder: Path, capsys: pytest.CaptureFixture, case: str) -> None:
     spoil, overrides, words = CASES[case]
+    spoil(folder)
+    line = said(capsys, *overrides)
+    for word in words:
+        assert word in line, line
+
+
+def critic_of_its_own(folder: Path) -> None:
+    """The policy's body and tokenizer once more, in the directory `critic`; the config becomes PPO's."""
+    shutil.copytree(folder / "model", folder / "critic")
+    (folder / "config.yaml").write_text(CONFIG.replace("trainer: grpo", "trainer: ppo"))
+
+
+CRITICS: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
+    "nowhere": (lambda f: None, ["critic.path=none"], ["critic.path='none'", "config.json"]),
+    "another vocabulary": (
+        lambda f: tiny_tokenizer(f / "critic", 90),
+        ["critic.path=critic"],
+        ["critic.path='critic' has another vocabulary (90 tokens)", "model.path='model' (99)", "policy's tokenizer"],
+    ),
+    "without weights": (remove("critic/model.safetensors"), ["critic.path=critic"], ["'critic'", "safetensors"]),
+    "heads": (
+        lambda f: edit_config(f, of="critic", num_key_value_heads=1),
+        ["critic.path=critic", "parallel.tp=2"],
+        ["critic.path='critic': parallel.tp=2 does not divide the model's 1 key/value heads"],
+    ),
+    "no such run": (lambda f: None, ["critic.weights=runs/none"], ["critic.weights='runs/none' is neither"]),
+}
+
+
+@pytest.mark.parametrize("case", CRITICS)
+def test_mistakes_about_a_critic(folder: Path, capsys: pytest.CaptureFixture, case: str) -> None:
+    critic_of_its_own(folder)
+    spoil, overrides, words = CRITICS[case]
+    assert main(["check", "config.yaml", "critic.path=critic"]) == 0
+    capsys.readouterr()
     spoil(folder)
     line = said(capsys, *overrides)
     for word in words:

@@ -109,6 +109,8 @@ def test_parity_tolerance_follows_the_precision(file: Path) -> None:
         (["algorithm.dual_clip=0.5"], r"algorithm.dual_clip=0.5 must be above 1"),
         (["optim.min_lr=1"], r"optim.min_lr=1.0 is above optim.lr"),
         (["trainer=sft"], r"cannot be overridden"),
+        (["algorithm.name=ppo"], r"algorithm.advantage=gae .* needs a critic.* set trainer: ppo"),
+        (["algorithm.advantage=gae"], r"algorithm.name=grpo\) needs a critic"),
     ],
 )
 def test_mistakes_are_named(file: Path, overrides: list[str], message: str) -> None:
@@ -147,6 +149,42 @@ def test_self_distillation_with_a_policy_loss(file: Path, tmp_path: Path) -> Non
     load_config(file, ["rollout.group_size=1"])
     save_config(plain := load_config(file), tmp_path / "saved.yaml")
     assert load_config(tmp_path / "saved.yaml") == plain
+
+
+PPO = GRPO.replace("trainer: grpo", "trainer: ppo")
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["algorithm.name=grpo"], r"algorithm.advantage=grpo .* has no use for a critic: set algorithm.name=ppo"),
+        (["ppo.gamma=0"], r"ppo.gamma=0.0 must be in \(0, 1\]"),
+        (["ppo.lam=1.1"], r"ppo.lam=1.1 must be between 0 and 1"),
+        (["ppo.value_clip=0"], r"ppo.value_clip=0.0 must be greater than 0, or null"),
+        (["ppo.critic_warmup=-1"], r"ppo.critic_warmup=-1 must not be negative"),
+        (["critic.optim.lr=-1"], r"critic.optim.lr=-1.0 must not be negative"),
+        (["critic.lr=1"], r"unknown key 'critic.lr' .* mean 'critic.optim.lr'"),
+        (["rollout.group_size=1", "algorithm.max_rollout_batches=2"], r"max_rollout_batches=2 replaces groups"),
+    ],
+)
+def test_mistakes_of_ppo_are_named(tmp_path: Path, overrides: list[str], message: str) -> None:
+    (tmp_path / "ppo.yaml").write_text(PPO)
+    with pytest.raises(ConfigError, match=message):
+        load_config(tmp_path / "ppo.yaml", overrides)
+
+
+def test_ppo_by_itself(tmp_path: Path) -> None:
+    """One answer to a prompt is enough; no dual clip, as in the paper."""
+    (tmp_path / "ppo.yaml").write_text(PPO)
+    config = load_config(tmp_path / "ppo.yaml", ["rollout.group_size=1", "ppo.value_clip=null"])
+    algorithm = config.algorithm
+    assert (algorithm.advantage, algorithm.loss, algorithm.clip_low, algorithm.clip_high) == (
+        "gae",
+        "ppo_clip",
+        0.2,
+        0.2,
+    )
+    assert (algorithm.dual_clip, algorithm.aggregation, config.ppo.value_clip) == (0, "token-mean", None)
 
 
 @pytest.mark.parametrize(
