@@ -48,7 +48,7 @@ class PpoTrainer:
     def step(self, step: int, timer: Timer) -> StepLog:
         config, actor, critic = self.config, self.actor, self.critic
         with timer("sync"):
-            check = "weight_checksum" not in config.guards.off
+            check = "weight_checksum" not in config.guards.ignore
             figures = push(actor.named_hf_weights, self.parts.engine, actor.version, check=check)
         groups, batch_figures = rollout_batch(config, self.parts, self.source, step, timer)
         samples = to_samples(groups, drop_truncated=bool(config.algorithm.drop_truncated))
