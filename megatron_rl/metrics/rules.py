@@ -79,7 +79,7 @@ TABLE = (
     ),
     Rule(
         name="skipped_update",
-        figures=("actor/skipped",),
+        figures=("actor/skipped", "critic/skipped"),
         kind=Kind.above,
         limit=0,
         keep_samples=True,
@@ -88,7 +88,7 @@ TABLE = (
     ),
     Rule(
         name="skipped_in_a_row",
-        figures=("actor/skipped",),
+        figures=("actor/skipped", "critic/skipped"),
         kind=Kind.above,
         limit=0,
         patience=3,
