@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.config.rules import Config
-from megatron_rl.config.schema import RANDOM, ModelConfig, OptimConfig, PpoConfig, SdpoConfig, SftConfig
+from megatron_rl.config.schema import RANDOM, GadConfig, ModelConfig, OptimConfig, PpoConfig, SdpoConfig, SftConfig
 from megatron_rl.config.sdpo import TeacherMode
 from megatron_rl.data.planner import StepPlan
 from megatron_rl.data.samples import Sample, from_example, weighed
@@ -26,7 +26,7 @@ from megatron_rl.parallel.device import device
 from megatron_rl.parallel.mesh import Mesh, create_mesh, destroy_mesh, join_world
 from megatron_rl.trainers.objectives import policy_objective
 from megatron_rl.trainers.sdpo import distillation, with_weights
-from megatron_rl.workers.critic import CriticWorker, Reading, ValueRegression
+from megatron_rl.workers.critic import CriticWorker, Reading, ValueRegression, WeighedValues
 from megatron_rl.workers.distillation import Targets
 from megatron_rl.workers.model_worker import ModelWorker
 from megatron_rl.workers.objective import NegativeLogLikelihood, Objective
@@ -150,7 +150,7 @@ def make_sequences() -> list[Sample]:
     return samples
 
 
-def make_samples(config: Config, objective: Objective | ValueRegression) -> list[Sample]:
+def make_samples(config: Config, objective: Objective) -> list[Sample]:
     """The sequences with their weights, and fields that clip now and then. Every third has no teacher's target."""
     draw = torch.Generator().manual_seed(4)
     samples = []
@@ -174,7 +174,7 @@ def make_samples(config: Config, objective: Objective | ValueRegression) -> list
 def gradient(config: Config, directory: str, cut: Cut, *, critic: bool = False) -> Gradient:
     """The loss and every gradient by Hugging Face name, on every rank of a world that has been joined.
 
-    Of the policy, or of the critic's regression.
+    Of the policy, or of the critic.
     """
     mesh = create_mesh(**cut.layout)
     model = ModelConfig(path=directory, weights=RANDOM)
@@ -187,8 +187,13 @@ def gradient(config: Config, directory: str, cut: Cut, *, critic: bool = False) 
     metrics = worker.forward_backward(samples, plan, objective)
     named = {name: value.float().cpu().clone() for name, value in worker.named_hf_gradients()}
     worker.close()
-    name = "critic/vf_loss" if critic else "sft/loss" if isinstance(config, SftConfig) else "actor/loss"
-    return Gradient(metrics[name].result(), named)
+    return Gradient(metrics[_loss_name(config, critic=critic)].result(), named)
+
+
+def _loss_name(config: Config, *, critic: bool) -> str:
+    if critic:
+        return "critic/vf_loss" if isinstance(config, PpoConfig) else "critic/weighed_values"
+    return "sft/loss" if isinstance(config, SftConfig) else "actor/loss"
 
 
 def _policy(config: Config, model: ModelConfig, mesh: Mesh) -> tuple[ModelWorker, Any]:
@@ -197,9 +202,10 @@ def _policy(config: Config, model: ModelConfig, mesh: Mesh) -> tuple[ModelWorker
 
 
 def _critic(config: Config, model: ModelConfig, mesh: Mesh) -> tuple[ModelWorker, Any]:
-    assert isinstance(config, PpoConfig)
-    critic = CriticWorker(model, OptimConfig(), mesh, total_steps=1, reading=Reading.before)
-    return critic, ValueRegression(config.ppo.value_clip)
+    """PPO's regression; a discriminator's values under slopes, whatever loss of the scores these come from."""
+    reading = Reading.before if isinstance(config, PpoConfig) else Reading.at
+    critic = CriticWorker(model, OptimConfig(), mesh, total_steps=1, reading=reading)
+    return critic, ValueRegression(config.ppo.value_clip) if isinstance(config, PpoConfig) else WeighedValues()
 
 
 def _one_by_one(count: int, ranks: int) -> StepPlan:
@@ -225,7 +231,7 @@ def verify(config: Config) -> int:
     with tempfile.TemporaryDirectory() as folder:
         tiny_directory(config.model.path, Path(folder))
         failed = _table(config, folder, critic=False)
-        if isinstance(config, PpoConfig):
+        if isinstance(config, PpoConfig | GadConfig):
             failed |= _table(config, folder, critic=True)
     return int(failed)
 
