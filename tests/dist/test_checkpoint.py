@@ -226,7 +226,7 @@ def test_a_failed_save_is_told_on_every_rank_and_costs_nothing(pool: Pool, model
 
 def rates_of(model: str, directory: str, save: bool, optim: dict) -> tuple[list, list]:
     """Rates of two steps, and the betas, of a run that begins, or of one that goes on with other options."""
-    from megatron_rl.config.schema import Schedule
+    from megatron_rl.config.optim import Schedule
 
     worker = make_worker(model, {"tp": 2}, schedule=Schedule.linear, **optim)
     if not save:

@@ -42,7 +42,7 @@ def train(directory: str, layout: dict, steps: int, dtype: str) -> tuple[list, d
 
 
 def _linear() -> Any:
-    from megatron_rl.config.schema import Schedule
+    from megatron_rl.config.optim import Schedule
 
     return Schedule.linear
 
