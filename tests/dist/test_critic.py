@@ -78,7 +78,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 # At the other reading the index differs, and nothing that a layout could change.
-CASES = [(cut, "at") for cut in CUTS] + [("tp1", "before"), ("tp2_sp", "before")]
+SHORT = ("tp1", "tp2_sp", "pp2", "tp2_pp2_sp")
+CASES = [
+    *((cut, "at") if cut in SHORT else pytest.param(cut, "at", marks=pytest.mark.full) for cut in CUTS),
+    ("tp1", "before"),
+]
 
 
 @pytest.mark.parametrize(("cut", "reading"), CASES)
@@ -140,7 +144,7 @@ def dense_regression(directory: str) -> tuple[float, float, dict[str, Tensor]]:
     return loss.item(), torch.cat(clipped).mean().item(), {**gradients, "score.weight": head.grad}
 
 
-@pytest.mark.parametrize("cut", ["tp1", "tp2_sp", "pp2"])
+@pytest.mark.parametrize("cut", ["tp1", "tp2_sp", pytest.param("pp2", marks=pytest.mark.full)])
 def test_ppo_regression_has_the_gradient_of_a_dense_model(pool: Pool, model: str, cut: str) -> None:
     world, layout = CUTS[cut]
     loss, clipped, slopes = dense_regression(model)

@@ -12,7 +12,7 @@ from tests.models import tiny_model
 # Responses of a Qwen tokenizer: one text with its end and without, and two texts of four and of three tokens.
 EOS = 151645
 ENDED, BARE = [42192, 109391, 115673, EOS], [42192, 109391, 115673]
-LONG, SHORT = [103971, 9370, 102477, 40027], [103971, 102477, 40027, EOS]
+FOUR, THREE = [103971, 9370, 102477, 40027], [103971, 102477, 40027, EOS]
 LAYOUTS = {"tp1": (1, {}), "tp2": (2, {"tp": 2}), "pp2": (2, {"pp": 2})}
 
 
@@ -50,7 +50,7 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_end_of_a_response_does_not_move_its_score(pool: Pool, qwen: str, layout: str) -> None:
-    prompts, responses = [[11, 12, 13]] * 4, [BARE, ENDED, LONG, SHORT]
+    prompts, responses = [[11, 12, 13]] * 4, [BARE, ENDED, FOUR, THREE]
     world, options = LAYOUTS[layout]
     for scores, values in pool.run(scored, world, qwen, options, "mean_no_eos", prompts, responses, 4096):
         assert scores[0] == pytest.approx(scores[1], abs=1e-6)
@@ -61,14 +61,14 @@ def test_the_end_of_a_response_does_not_move_its_score(pool: Pool, qwen: str, la
     assert abs(scores[0] - scores[1]) > 1e-3
 
 
-@pytest.mark.parametrize("layout", ["tp1", "tp2"])
+@pytest.mark.parametrize("layout", ["tp1", pytest.param("tp2", marks=pytest.mark.full)])
 def test_a_score_is_the_responses_own(pool: Pool, qwen: str, layout: str) -> None:
     """Alone, among others, in another order, and in small micro-batches."""
     world, options = LAYOUTS[layout]
-    prompts, responses = [[11, 12, 13], [7, 8]] * 2, [BARE, ENDED, LONG, SHORT]
+    prompts, responses = [[11, 12, 13], [7, 8]] * 2, [BARE, ENDED, FOUR, THREE]
     expected = [
         pool.run(scored, world, qwen, options, "mean_no_eos", [prompt] * 2, [response] * 2, 4096)[0][0][0]
-        for prompt, response in zip(prompts[::2] * 2, [BARE, LONG])
+        for prompt, response in zip(prompts[::2] * 2, [BARE, FOUR])
     ]
     for order in ([0, 1, 2, 3], [2, 3, 0, 1]):
         for max_tokens in (8, 4096):
@@ -132,7 +132,11 @@ def expected(pool: Pool, model: str) -> tuple[dict, dict[str, Tensor]]:
     return pool.run(updated, 1, model, {}, 4096, LOSS)[0]
 
 
-@pytest.mark.parametrize("cut", CUTS)
+# Each axis once; the rest in the long run.
+LONG = ("tp1_split", "tp2_pp2")
+
+
+@pytest.mark.parametrize("cut", [pytest.param(cut, marks=pytest.mark.full) if cut in LONG else cut for cut in CUTS])
 def test_the_update_is_the_same_under_every_cut(pool: Pool, model: str, expected: tuple, cut: str) -> None:
     """With everything on that couples the pairs of a batch."""
     world, *options = CUTS[cut]

@@ -77,7 +77,8 @@ def measure_critic(config: str, overrides: list[str], directory: str, cut: Cut) 
     return gradient(load_config(config, overrides), directory, cut, critic=True)
 
 
-@pytest.mark.parametrize("prepared", ["ppo", pytest.param("gad", marks=pytest.mark.full)], indirect=True)
+@pytest.mark.full
+@pytest.mark.parametrize("prepared", ["ppo", "gad"], indirect=True)
 def test_every_cut_of_a_critic_agrees(pool: Pool, prepared: tuple[str, list[str], str]) -> None:
     expected = pool.run(measure_critic, 1, *prepared, Cut(name="reference", max_tokens=verify.WIDE))[0]
     assert expected.loss != 0 and expected.named["score.weight"].abs().max() > 0

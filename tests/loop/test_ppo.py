@@ -157,14 +157,8 @@ def test_a_continued_run_is_the_uninterrupted_one(
         assert a == b, name
 
 
-@pytest.mark.parametrize(
-    ("layout", "phase"),
-    [
-        ("tp2", "backward"),
-        pytest.param("pp2", "optimizer", marks=pytest.mark.full),
-        pytest.param("dp2", "rename", marks=pytest.mark.full),
-    ],
-)
+@pytest.mark.full
+@pytest.mark.parametrize(("layout", "phase"), [("tp2", "backward"), ("pp2", "optimizer"), ("dp2", "rename")])
 def test_a_killed_run_goes_on_with_its_critic(options: list[str], tmp_path: Path, layout: str, phase: str) -> None:
     sys.path.insert(0, str(ROOT / "tools"))
     import kill_matrix
