@@ -91,7 +91,8 @@ class ParquetRows(Rows):
         self.name, self.digest = str(path), _file_digest(path)
         try:
             self._table = pyarrow.parquet.read_table(path, memory_map=True)
-        except pyarrow.ArrowException as error:
+            self._columns: list[str] = self._table.column_names
+        except (pyarrow.ArrowException, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not a parquet file: {error}") from error
 
     def __len__(self) -> int:
@@ -104,7 +105,7 @@ class ParquetRows(Rows):
             raise ValueError(f"it cannot be read: {error}") from error
 
     def first_without(self, key: str) -> int | None:
-        if key not in self._table.column_names:
+        if key not in self._columns:
             return 0
         column = self._table.column(key)
         return column.is_null().index(True).as_py() if column.null_count else None

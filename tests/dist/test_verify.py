@@ -94,6 +94,7 @@ def test_every_layout_of_eight_ranks_is_there() -> None:
     assert (("pp", 2), ("tp", 4), ("vpp", 2)) in layouts
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("prepared", ["ppo"], indirect=True)
 def test_ppo_has_two_tables(prepared: tuple[str, list[str], str], capsys: pytest.CaptureFixture) -> None:
     assert verify.verify(load_config(prepared[0])) == 0

@@ -111,7 +111,11 @@ def test_a_batch_without_targets_changes_nothing(pool: Pool, options: list[str],
             ["teacher.mode=frozen", "distill.loss=sampled_token", "distill.alpha=1"],
             marks=pytest.mark.full,
         ),
-        ("parallel.dp=2", ["teacher.mode=live", "distill.support=full", "rollout_correction.level=token"]),
+        pytest.param(
+            "parallel.dp=2",
+            ["teacher.mode=live", "distill.support=full", "rollout_correction.level=token"],
+            marks=pytest.mark.full,
+        ),
         # The third batch comes after the checkpoint.
         ("parallel.dp=2", ["teacher.mode=frozen", "teacher.refresh_every=3", "distill.weight=0.5"]),
         ("parallel.dp=2", ["teacher.schedule=warmup", "teacher.every=step", "reprompt.choice=random"]),
