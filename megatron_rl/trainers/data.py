@@ -6,7 +6,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from megatron_rl.config.rules import Config
-from megatron_rl.config.schema import DataConfig, SftDataConfig
+from megatron_rl.config.schema import DataConfig, GadConfig, SftDataConfig
 from megatron_rl.data.sources import ExampleEncoder, ExampleSource, PromptEncoder, PromptSource, Rows, load_rows
 
 
@@ -33,14 +33,21 @@ def train_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptS
 
 def train_examples(config: Config, tokenizer: PreTrainedTokenizerBase) -> ExampleSource:
     """The prompts of `data.train` with their responses."""
+    return _example_source(config, tokenizer, _rows(config.data.train, config.data.task))
+
+
+def _example_source(config: Config, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> ExampleSource:
+    """ValueError where a row has no response."""
     assert isinstance(config.data, SftDataConfig)
     encoder = ExampleEncoder(prompt=_prompt_encoder(config.data, tokenizer), response_key=config.data.response_key)
-    return ExampleSource(_rows(config.data.train, config.data.task), encoder, seed=config.train.seed)
+    return ExampleSource(rows, encoder, seed=config.train.seed)
 
 
 def held_out_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptSource | None:
-    """The prompts of `data.val`, if it is set."""
+    """The prompts of `data.val`, if it is set; where a critic tells them apart, with the teacher's responses."""
     if config.data.val is None:
         return None
     rows = _rows(config.data.val, config.data.val_task)
+    if isinstance(config, GadConfig):
+        _example_source(config, tokenizer, rows)
     return PromptSource(rows, _prompt_encoder(config.data, tokenizer), seed=config.train.seed)

@@ -86,7 +86,7 @@ def averaged_by_hand(history: list[dict[str, Tensor]], decays: Any) -> dict[str,
 
 # What pp2 shows, tp2pp2 does.
 @pytest.mark.parametrize(
-    "layout", [pytest.param(x, marks=pytest.mark.full) if x in ("tp1", "pp2") else x for x in LAYOUTS]
+    "layout", [pytest.param(x, marks=pytest.mark.full) if x in ("tp1", "tp2", "pp2") else x for x in LAYOUTS]
 )
 def test_the_average_is_the_one_by_hand(pool: Pool, model: str, layout: str) -> None:
     """And the tied embedding's two copies stay one; the distance is that of the exported weights; memory is 4 / dp."""

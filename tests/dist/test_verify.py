@@ -57,8 +57,8 @@ def prepared(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, list[
     return str(config), overrides, str(tmp_path / "tiny")
 
 
-# One config per trainer each time; every loss is cut in test_invariance and test_distillation as well.
-SHORT = ("sft", "grpo", "sdpo")
+# One config each time; every loss is cut in test_invariance and test_distillation as well.
+SHORT = ("grpo",)
 MARKED = [case if case in SHORT else pytest.param(case, marks=pytest.mark.full) for case in CASES]
 
 

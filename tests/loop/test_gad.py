@@ -124,3 +124,14 @@ def test_a_killed_run_goes_on_with_its_critic(options: list[str], tmp_path: Path
     assert kill_matrix.train(CONFIG, [*chosen, f"run.dir={whole}"], tmp_path / "log") == [0, 0]
     kill = kill_matrix.Kill(phase, 3, 0.0, "1")
     assert kill_matrix.attempt(CONFIG, chosen, kill, whole, tmp_path / "killed") == (2, True)
+
+
+def test_held_out_rows_need_the_teachers_responses(options: list[str], tmp_path: Path) -> None:
+    from megatron_rl.config.load import load_config
+    from megatron_rl.data.tokenizer import load_tokenizer
+    from megatron_rl.trainers.data import held_out_prompts
+
+    (tmp_path / "val.jsonl").write_text('{"prompt": "abc="}\n')
+    config = load_config(CONFIG, [*options, f"data.val={tmp_path}/val.jsonl"])
+    with pytest.raises(ValueError, match=r"val.jsonl.* has no 'response'; its fields are \['prompt'\]"):
+        held_out_prompts(config, load_tokenizer(config.model.path))

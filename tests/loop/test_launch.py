@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests.dist.pool import Pool
 from tests.loop.test_stop import nothing_is_left, processes_in
@@ -35,6 +36,7 @@ def test_mistakes_end_in_one_line(place: Path) -> None:  # noqa: F811
     assert (done.returncode, done.stderr) == (2, "megatron-rl: parallel.tp=0 must be greater than 0\n")
 
 
+@pytest.mark.full
 def test_two_nodes(place: Path, tmp_path: Path) -> None:  # noqa: F811
     """Two torchruns that meet at a port, one rank each, cut one model between them."""
     meeting = ["--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={free_port()}"]
@@ -121,6 +123,7 @@ def test_a_signal_stops_the_run_after_a_step(pool: Pool, place: Path, tmp_path: 
     assert [row["step"] for row in steps(tmp_path / "run")] == list(range(last + 2))
 
 
+@pytest.mark.full
 def test_a_second_signal_ends_the_run_at_once(place: Path, tmp_path: Path) -> None:  # noqa: F811
     """Also while its ranks are still starting, where the first one waits for them."""
     with started(place, tmp_path / "run") as (run, ranks):

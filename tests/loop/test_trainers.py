@@ -141,7 +141,7 @@ OPTION_NAMES = {
     ("layout", "option"),
     [
         ("parallel.tp=2", "kl.where=loss"),
-        ("parallel.pp=2", "kl.where=reward"),
+        pytest.param("parallel.pp=2", "kl.where=reward", marks=pytest.mark.full),
         ("parallel.dp=2", "average.enabled=true"),
     ],
 )

@@ -1,11 +1,10 @@
 """Who comes from the reference implementation of SDPO finds every option again, and none of its well-known errors."""
 
 import dataclasses
+import importlib
 import json
 import pkgutil
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -164,10 +163,8 @@ def test_empty_media_are_accepted(tmp_path: Path, rows: Path) -> None:
 def test_every_module_can_be_imported() -> None:
     names = sorted(item.name for item in pkgutil.walk_packages(megatron_rl.__path__, "megatron_rl."))
     assert len(names) > 80 and "megatron_rl.data.reprompt" in names
-    script = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)\nprint(len(sys.argv) - 1)"
-    done = subprocess.run([sys.executable, "-c", script, *names], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[-1] == str(len(names))
+    for name in names:
+        importlib.import_module(name)
 
 
 @pytest.mark.parametrize(
