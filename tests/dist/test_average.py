@@ -124,7 +124,7 @@ def follow_in_bfloat16(model: str, layout: dict) -> tuple[list[dict], list[dict]
     return history, wide, exported(average), exported(average, "bfloat16")
 
 
-@pytest.mark.parametrize("layout", ["tp2pp2", "dp2"])
+@pytest.mark.parametrize("layout", [pytest.param("tp2pp2", marks=pytest.mark.full), "dp2"])
 def test_in_bfloat16_it_moves_by_less_than_a_weight_can(pool: Pool, model: str, layout: str) -> None:
     world, options = LAYOUTS[layout]
     for history, wide, average, narrow in pool.run(follow_in_bfloat16, world, model, options):

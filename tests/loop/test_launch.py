@@ -51,6 +51,7 @@ def test_two_nodes(place: Path, tmp_path: Path) -> None:  # noqa: F811
     assert [row["step"] for row in steps(tmp_path / "run")] == [0, 1, 2]
 
 
+@pytest.mark.full
 def test_a_world_that_does_not_fit_the_layout(place: Path, tmp_path: Path) -> None:  # noqa: F811
     """One line, from one rank, that says what to start."""
     options = ["train", SFT, "parallel.tp=2", "parallel.pp=2", f"run.dir={tmp_path}/run"]
@@ -105,6 +106,7 @@ def wait_for_a_step(run: subprocess.Popen, run_dir: Path) -> None:
         time.sleep(0.2)
 
 
+@pytest.mark.full
 def test_a_signal_stops_the_run_after_a_step(pool: Pool, place: Path, tmp_path: Path) -> None:  # noqa: F811
     """Exit code 0 and a checkpoint of the very last step, which the same command continues from."""
     with started(place, tmp_path / "run") as (run, _):

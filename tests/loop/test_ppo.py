@@ -104,6 +104,7 @@ def test_the_exported_critic_is_a_classifier_and_a_critic_to_start_from(
     assert found[1] == pytest.approx(found[2], rel=1e-5) and abs(found[1] - found[0]) > 1e-2
 
 
+@pytest.mark.full
 def test_layouts_take_the_same_steps(pool: Pool, options: list[str], tmp_path: Path) -> None:
     """To rounding, both models' first updates; group by group or answer by answer makes no difference to that."""
     found = {}

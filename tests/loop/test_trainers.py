@@ -142,7 +142,7 @@ OPTION_NAMES = {
     [
         ("parallel.tp=2", "kl.where=loss"),
         pytest.param("parallel.pp=2", "kl.where=reward", marks=pytest.mark.full),
-        ("parallel.dp=2", "average.enabled=true"),
+        pytest.param("parallel.dp=2", "average.enabled=true", marks=pytest.mark.full),
     ],
 )
 def test_a_continued_grpo_run_is_the_uninterrupted_one(

@@ -205,6 +205,7 @@ def test_load_rows_refuses(tmp_path: Path) -> None:
         load_rows("reasoning-gym:chain_sum")
 
 
+@pytest.mark.full
 def test_reading_files_leaves_home_alone(tmp_path: Path) -> None:
     home, path = tmp_path / "home", write_rows(tmp_path / "train.parquet", 2)
     home.mkdir()
