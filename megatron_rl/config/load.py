@@ -20,7 +20,7 @@ from megatron_rl.config.schema import (
     EmaAxis,
     EmaGradient,
     GrpoConfig,
-    PolicyGradientConfig,
+    PolicyConfig,
     SdpoConfig,
     SftConfig,
 )
@@ -126,7 +126,7 @@ def _to_object(config: DictConfig, path: Path) -> Config:
         result = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {_reason(error)}") from error
-    assert isinstance(result, SftConfig | PolicyGradientConfig | SdpoConfig)
+    assert isinstance(result, SftConfig | PolicyConfig)
     return result
 
 

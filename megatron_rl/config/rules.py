@@ -19,6 +19,7 @@ from megatron_rl.config.schema import (
     KLGradient,
     KLPlace,
     Loss,
+    PolicyConfig,
     PolicyGradientConfig,
     PpoConfig,
     RolloutConfig,
@@ -27,7 +28,6 @@ from megatron_rl.config.schema import (
 )
 from megatron_rl.config.sdpo import DistillLoss, TeacherMode
 
-PolicyConfig = PolicyGradientConfig | SdpoConfig
 Config = SftConfig | PolicyConfig
 
 # More than this is a slip of the hand, and would keep the check itself busy for hours.

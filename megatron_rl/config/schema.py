@@ -335,18 +335,15 @@ class RunConfig:
 
 
 @dataclass(kw_only=True)
-class SftConfig:
-    """Supervised fine-tuning on prompt/response pairs."""
+class TrainerConfig:
+    """What every trainer has."""
 
-    trainer: str = "sft"
+    trainer: str = MISSING
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
-    data: SftDataConfig = field(default_factory=SftDataConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    reward: RewardConfig = field(default_factory=RewardConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    average: KeptAverageConfig = field(default_factory=KeptAverageConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guards: GuardsConfig = field(default_factory=GuardsConfig)
@@ -355,25 +352,30 @@ class SftConfig:
 
 
 @dataclass(kw_only=True)
-class PolicyGradientConfig:
-    """What all trainers have that learn from rewards of their own answers."""
+class SftConfig(TrainerConfig):
+    """Supervised fine-tuning on prompt/response pairs."""
 
-    trainer: str = MISSING
-    model: ModelConfig = field(default_factory=ModelConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: str = "sft"
+    data: SftDataConfig = field(default_factory=SftDataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    average: KeptAverageConfig = field(default_factory=KeptAverageConfig)
+
+
+@dataclass(kw_only=True)
+class PolicyConfig(TrainerConfig):
+    """What trainers have that learn from their own answers."""
+
     data: DataConfig = field(default_factory=DataConfig)
     train: GrpoTrainConfig = field(default_factory=GrpoTrainConfig)
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    reward: RewardConfig = field(default_factory=RewardConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
-    kl: KLConfig = field(default_factory=KLConfig)
     rollout_correction: RolloutCorrectionConfig = field(default_factory=RolloutCorrectionConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    guards: GuardsConfig = field(default_factory=GuardsConfig)
-    log: LogConfig = field(default_factory=LogConfig)
-    run: RunConfig = field(default_factory=RunConfig)
+
+
+@dataclass(kw_only=True)
+class PolicyGradientConfig(PolicyConfig):
+    """What those have that learn from rewards alone."""
+
+    kl: KLConfig = field(default_factory=KLConfig)
 
 
 @dataclass(kw_only=True)
@@ -406,30 +408,16 @@ class GadConfig(PolicyGradientConfig):
 
 
 @dataclass(kw_only=True)
-class SdpoConfig:
-    """Self-distillation policy optimisation."""
+class SdpoConfig(PolicyConfig):
+    """Self-distillation policy optimisation; `algorithm` is read where distill.weight is below 1."""
 
     trainer: str = "sdpo"
-    model: ModelConfig = field(default_factory=ModelConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    train: GrpoTrainConfig = field(default_factory=GrpoTrainConfig)
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    reward: RewardConfig = field(default_factory=RewardConfig)
-    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)  # read where distill.weight is below 1
     distill: DistillConfig = field(default_factory=DistillConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     reprompt: RepromptConfig = field(default_factory=RepromptConfig)
-    rollout_correction: RolloutCorrectionConfig = field(default_factory=RolloutCorrectionConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    log: LogConfig = field(default_factory=LogConfig)
-    guards: GuardsConfig = field(default_factory=GuardsConfig)
-    run: RunConfig = field(default_factory=RunConfig)
 
 
-SCHEMAS: dict[str, type[SftConfig] | type[PolicyGradientConfig] | type[SdpoConfig]] = {
+SCHEMAS: dict[str, type[SftConfig] | type[PolicyConfig]] = {
     "sft": SftConfig,
     "grpo": GrpoConfig,
     "ppo": PpoConfig,

@@ -23,6 +23,7 @@ from megatron_rl.algorithms.discriminator import (
 from megatron_rl.algorithms.pooling import pool_weights, pooled
 from megatron_rl.config.critic import DiscriminatorConfig
 from megatron_rl.data.samples import Sample, from_example
+from megatron_rl.trainers.update_metrics import results, update_metrics
 from megatron_rl.workers.critic import CriticWorker, WeighedValues
 
 
@@ -109,10 +110,8 @@ class Discriminator:
             "critic/d_loss": float(terms.loss.detach()),
             "critic/ranking_loss": float(terms.ranking_loss.detach()),
             "critic/temperature": terms.temperature,
-            "critic/grad_norm": result.grad_norm,
             "critic/grad_norm_clipped": min(result.grad_norm, self.critic.clip_grad),
-            "critic/lr": result.lr,
-            "critic/skipped": float(not result.applied),
+            **results(update_metrics("critic", {}, result)),
         }
 
     def _figures(self, judged: Judged) -> dict[str, float]:

@@ -15,7 +15,6 @@ from megatron_rl.metrics.progress import progress
 from megatron_rl.parallel.mesh import create_mesh, destroy_mesh
 from megatron_rl.parallel.watchdog import watch
 from megatron_rl.rollout.engine import Sampling
-from megatron_rl.rollout.sync import push
 from megatron_rl.trainers.average import averaged_role
 from megatron_rl.trainers.data import held_out_prompts
 from megatron_rl.trainers.parts import Parts, score
@@ -61,9 +60,7 @@ class Evaluator:
     ) -> tuple[dict[str, float], list[RolloutGroup]]:
         """`val/*`, and the greedy answers. `version` numbers the weights where the model's own does not. Collective."""
         config = self.parts.config
-        check = "weight_checksum" not in config.guards.ignore
-        version = model.version if version is None else version
-        push(model.named_hf_weights, self.parts.engine, version, check=check)
+        self.parts.push(model, version)
         greedy = self._answer(config, step, draws=1, temperature=0.0)
         rollouts = [group.rollouts[0] for group in greedy]
         rewards = [group.rewards[0] for group in greedy]

@@ -16,7 +16,6 @@ from megatron_rl.data.sources import ExampleSource
 from megatron_rl.metrics.timing import Timer
 from megatron_rl.metrics.types import StepLog
 from megatron_rl.parallel.mesh import Mesh
-from megatron_rl.rollout.sync import push
 from megatron_rl.trainers.audit import audit_padding, audit_rollouts
 from megatron_rl.trainers.critic import critic_model
 from megatron_rl.trainers.data import train_examples
@@ -28,6 +27,7 @@ from megatron_rl.trainers.policy_update import PolicyUpdate
 from megatron_rl.trainers.rollout_metrics import rollout_histograms, rollout_metrics, sample_records
 from megatron_rl.trainers.rollouts import sampling, to_samples
 from megatron_rl.trainers.shaping import shaped_rewards, with_advantages
+from megatron_rl.trainers.update_metrics import results, update_metrics
 from megatron_rl.types import Reward, RolloutGroup
 from megatron_rl.workers.average import WeightAverage
 from megatron_rl.workers.critic import CriticWorker, Reading
@@ -67,8 +67,7 @@ class GadTrainer:
     def step(self, step: int, timer: Timer) -> StepLog:
         config, parts, options = self.config, self.parts, self.config.discriminator
         with timer("sync"):
-            check = "weight_checksum" not in config.guards.ignore
-            figures = push(self.actor.named_hf_weights, parts.engine, self.actor.version, check=check)
+            figures = parts.push(self.actor)
         examples = self.source.next(config.train.batch_size)
         with timer("gen"):
             groups = parts.engine.generate([prompt for prompt, _ in examples], sampling(config, step, 0))
@@ -145,12 +144,7 @@ class GadTrainer:
         samples = weighed(judged.teachers, "token-mean")
         plan = self.actor.plan(samples, self.config.train.max_tokens_per_micro_batch)
         metrics = self.actor.forward_backward(samples, plan, NegativeLogLikelihood())
-        update = self.actor.step()
-        return {name: value.result() for name, value in metrics.items()} | {
-            "actor/grad_norm": update.grad_norm,
-            "actor/lr": update.lr,
-            "actor/skipped": float(not update.applied),
-        }
+        return results(update_metrics("actor", metrics, self.actor.step()))
 
     def tell_apart(self, answers: Sequence[RolloutGroup]) -> dict[str, float]:
         """`val/*` of fixed pairs: the teacher's held-out responses against the policy's first answers. Collective."""
@@ -188,7 +182,9 @@ class GadTrainer:
 def build(config: GadConfig, mesh: Mesh) -> GadTrainer:
     """The trainer on this rank. The reference is the model that training starts from."""
     parts, model = Parts(config), config.model
-    actor = ModelWorker(model, config.optim, mesh, total_steps=config.train.steps * updates_per_step(config))
+    imitation, rest = config.discriminator.sft_steps, config.discriminator.warmup_steps
+    updates = imitation + max(config.train.steps - imitation - rest, 0) * updates_per_step(config)
+    actor = ModelWorker(model, config.optim, mesh, total_steps=updates)
     judge = CriticWorker(
         critic_model(config),
         config.critic.optim,

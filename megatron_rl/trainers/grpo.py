@@ -8,7 +8,6 @@ from megatron_rl.data.sources import PromptSource
 from megatron_rl.metrics.timing import Timer
 from megatron_rl.metrics.types import StepLog
 from megatron_rl.parallel.mesh import Mesh
-from megatron_rl.rollout.sync import push
 from megatron_rl.trainers.audit import audit_padding, audit_rollouts
 from megatron_rl.trainers.average import kept_average
 from megatron_rl.trainers.data import train_prompts
@@ -41,8 +40,7 @@ class GrpoTrainer:
     def step(self, step: int, timer: Timer) -> StepLog:
         config, actor = self.config, self.actor
         with timer("sync"):
-            check = "weight_checksum" not in config.guards.ignore
-            sync_figures = push(actor.named_hf_weights, self.parts.engine, actor.version, check=check)
+            sync_figures = self.parts.push(actor)
         groups, batch_figures = rollout_batch(config, self.parts, self.source, step, timer)
         greedy = greedy_rewards(config, self.parts, groups, timer)
         samples = to_samples(groups, drop_truncated=bool(config.algorithm.drop_truncated))

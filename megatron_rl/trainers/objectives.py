@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-from megatron_rl.config.rules import PolicyConfig
 from megatron_rl.config.schema import (
     AlgorithmConfig,
     CorrectionLevel,
@@ -12,6 +11,7 @@ from megatron_rl.config.schema import (
     GrpoConfig,
     KLPlace,
     Loss,
+    PolicyConfig,
     PolicyGradientConfig,
 )
 from megatron_rl.workers.objective import PolicyGradient

@@ -10,8 +10,9 @@ from megatron_rl.data.tokenizer import load_tokenizer, pad_id, read_generation_e
 from megatron_rl.parallel.collect import gather_over_world
 from megatron_rl.rewards.pool import RewardPool, score_groups
 from megatron_rl.rollout.hf_engine import HFEngine
+from megatron_rl.rollout.sync import push
 from megatron_rl.types import RolloutGroup
-from megatron_rl.workers.sharded_model import DTYPES
+from megatron_rl.workers.sharded_model import DTYPES, ShardedModel
 
 
 class Parts:
@@ -42,6 +43,12 @@ class Parts:
     def pool(self) -> RewardPool:
         reward = self.config.reward
         return RewardPool(reward.name, reward.options, workers=reward.workers, deadline_s=reward.deadline_s)
+
+    def push(self, model: ShardedModel, version: int | None = None) -> dict[str, float]:
+        """Gives the engine the model's weights, under its own version or another; `sync/*`. Collective."""
+        check = "weight_checksum" not in self.config.guards.ignore
+        version = model.version if version is None else version
+        return push(model.named_hf_weights, self.engine, version, check=check)
 
     def close(self) -> None:
         """Ends the reward workers."""

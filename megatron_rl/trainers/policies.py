@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from megatron_rl.config.rules import PolicyConfig
+from megatron_rl.config.schema import PolicyConfig
 from megatron_rl.data.planner import StepPlan
 from megatron_rl.data.samples import Sample
 from megatron_rl.metrics.timing import Timer

@@ -7,9 +7,10 @@ import torch
 
 from megatron_rl.config.schema import PolicyGradientConfig
 from megatron_rl.data.samples import Sample, weighed
-from megatron_rl.metrics.types import Max, Mean, Metrics, Sum, merge
+from megatron_rl.metrics.types import Metrics, merge
 from megatron_rl.trainers.average import take_step
 from megatron_rl.trainers.objectives import policy_objective
+from megatron_rl.trainers.update_metrics import results, update_metrics
 from megatron_rl.workers.average import WeightAverage
 from megatron_rl.workers.model_worker import ModelWorker
 from megatron_rl.workers.smoothing import Record
@@ -46,7 +47,7 @@ class PolicyUpdate:
                     for name, value in smoother.metrics(records, states).items():
                         smoothing.setdefault(name, []).append(value)
                 total = merge(total, per_update) if total else per_update
-        figures = {name: value.result() for name, value in total.items()}
+        figures = results(total)
         return figures | {name: fmean(values) for name, values in smoothing.items()}, _histograms(records)
 
     def _once(self, samples: Sequence[Sample]) -> Metrics:
@@ -55,12 +56,7 @@ class PolicyUpdate:
         )
         plan = self.actor.plan(mini_batch, self.config.train.max_tokens_per_micro_batch)
         stats = self.actor.forward_backward(mini_batch, plan, self.objective)
-        update = take_step(self.actor, self.average)
-        return {name: Mean(v.value, 1) if isinstance(v, Sum) else v for name, v in stats.items()} | {
-            "actor/grad_norm": Max(update.grad_norm),
-            "actor/lr": Mean(update.lr, 1),
-            "actor/skipped": Sum(float(not update.applied)),
-        }
+        return update_metrics("actor", stats, take_step(self.actor, self.average))
 
 
 def _histograms(records: Sequence[Record]) -> dict[str, list[float]]:

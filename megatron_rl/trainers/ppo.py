@@ -8,7 +8,6 @@ from megatron_rl.data.sources import PromptSource
 from megatron_rl.metrics.timing import Timer
 from megatron_rl.metrics.types import StepLog
 from megatron_rl.parallel.mesh import Mesh
-from megatron_rl.rollout.sync import push
 from megatron_rl.trainers.audit import audit_padding, audit_rollouts
 from megatron_rl.trainers.average import kept_average
 from megatron_rl.trainers.critic import critic_model
@@ -48,8 +47,7 @@ class PpoTrainer:
     def step(self, step: int, timer: Timer) -> StepLog:
         config, actor, critic = self.config, self.actor, self.critic
         with timer("sync"):
-            check = "weight_checksum" not in config.guards.ignore
-            figures = push(actor.named_hf_weights, self.parts.engine, actor.version, check=check)
+            figures = self.parts.push(actor)
         groups, batch_figures = rollout_batch(config, self.parts, self.source, step, timer)
         samples = to_samples(groups, drop_truncated=bool(config.algorithm.drop_truncated))
         samples, policy_figures = self.policies.compare(groups, samples, step, timer)

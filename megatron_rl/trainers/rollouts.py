@@ -6,8 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from megatron_rl.config.rules import PolicyConfig
-from megatron_rl.config.schema import Advantage
+from megatron_rl.config.schema import Advantage, PolicyConfig
 from megatron_rl.data.samples import Sample, from_example
 from megatron_rl.data.sources import PromptSource
 from megatron_rl.metrics.timing import Timer

@@ -15,9 +15,8 @@ from megatron_rl.data.reprompt import RepromptOptions, teacher_contexts
 from megatron_rl.data.samples import Sample, weighed, weighed_targets
 from megatron_rl.data.sources import PromptSource
 from megatron_rl.metrics.timing import Timer
-from megatron_rl.metrics.types import Max, Mean, Metrics, StepLog, Sum, merge
+from megatron_rl.metrics.types import Metrics, StepLog, Sum, merge
 from megatron_rl.parallel.mesh import Mesh
-from megatron_rl.rollout.sync import push
 from megatron_rl.trainers.audit import audit_padding, audit_rollouts
 from megatron_rl.trainers.correction import is_corrected
 from megatron_rl.trainers.data import train_prompts
@@ -27,6 +26,7 @@ from megatron_rl.trainers.policies import Policies
 from megatron_rl.trainers.rollout_metrics import rollout_histograms, rollout_metrics, sample_records
 from megatron_rl.trainers.rollouts import greedy_rewards, rollout_batch, to_samples
 from megatron_rl.trainers.shaping import reward_values, shaped_rewards, with_advantages
+from megatron_rl.trainers.update_metrics import results, update_metrics
 from megatron_rl.types import RolloutGroup
 from megatron_rl.workers.critic import CriticWorker
 from megatron_rl.workers.distillation import Distillation, Targets
@@ -70,8 +70,7 @@ class SdpoTrainer:
     def step(self, step: int, timer: Timer) -> StepLog:
         config, parts = self.config, self.parts
         with timer("sync"):
-            check = "weight_checksum" not in config.guards.ignore
-            figures = push(self.actor.named_hf_weights, parts.engine, self.actor.version, check=check)
+            figures = parts.push(self.actor)
         groups, batch_figures = rollout_batch(config, parts, self.source, step, timer)
         greedy = greedy_rewards(config, parts, groups, timer)
         samples = to_samples(groups, drop_truncated=bool(config.algorithm.drop_truncated))
@@ -152,7 +151,7 @@ class SdpoTrainer:
                     figures |= self.teacher.after_step()
         if applied:
             figures |= self.teacher.after_batch()
-        return {name: value.result() for name, value in total.items()} | figures
+        return results(total) | figures
 
     def _update_once(self, pairs: Sequence[Pair]) -> tuple[Metrics, bool]:
         config, budget = self.config, self.config.train.max_tokens_per_micro_batch
@@ -164,12 +163,7 @@ class SdpoTrainer:
         )
         stats = self.actor.forward_backward(mini_batch, plan, objective)
         update = self.actor.step()
-        metrics: Metrics = {name: Mean(v.value, 1) if isinstance(v, Sum) else v for name, v in stats.items()} | {
-            "actor/grad_norm": Max(update.grad_norm),
-            "actor/lr": Mean(update.lr, 1),
-            "actor/skipped": Sum(float(not update.applied)),
-        }
-        return metrics, update.applied
+        return update_metrics("actor", stats, update), update.applied
 
     def roles(self) -> dict[str, Role]:
         """A live teacher is the actor, and has nothing of its own."""

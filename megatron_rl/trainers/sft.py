@@ -15,6 +15,7 @@ from megatron_rl.trainers.audit import audit_padding, audit_samples
 from megatron_rl.trainers.average import kept_average, take_step
 from megatron_rl.trainers.data import train_examples
 from megatron_rl.trainers.parts import Parts
+from megatron_rl.trainers.update_metrics import results, update_metrics
 from megatron_rl.workers.critic import CriticWorker
 from megatron_rl.workers.model_worker import ModelWorker
 from megatron_rl.workers.objective import NegativeLogLikelihood
@@ -42,10 +43,7 @@ class SftTrainer:
             update = take_step(actor, self.average)
         lengths = [float(sample.response_length) for sample in samples]
         scalars = {
-            **{name: value.result() for name, value in metrics.items()},
-            "actor/grad_norm": update.grad_norm,
-            "actor/lr": update.lr,
-            "actor/skipped": float(not update.applied),
+            **results(update_metrics("actor", metrics, update)),
             "response_length/mean": fmean(lengths),
             "perf/total_num_tokens": float(sum(map(len, samples))),
             **audit_samples(pairs, samples),

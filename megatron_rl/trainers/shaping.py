@@ -10,8 +10,7 @@ from torch import Tensor
 from megatron_rl.algorithms import advantages
 from megatron_rl.algorithms.kl import kl
 from megatron_rl.algorithms.overlong import overlong_penalty
-from megatron_rl.config.rules import PolicyConfig
-from megatron_rl.config.schema import Advantage, AlgorithmConfig, KLConfig, KLPlace, PolicyGradientConfig
+from megatron_rl.config.schema import Advantage, AlgorithmConfig, KLConfig, KLPlace, PolicyConfig, PolicyGradientConfig
 from megatron_rl.data.samples import Sample
 from megatron_rl.types import RolloutGroup
 

@@ -10,8 +10,9 @@ from megatron_rl.algorithms.value_loss import explained_variance
 from megatron_rl.config.critic import PpoOptions
 from megatron_rl.config.schema import PpoConfig
 from megatron_rl.data.samples import Sample, weighed
-from megatron_rl.metrics.types import Max, Mean, Metrics, Sum, merge
+from megatron_rl.metrics.types import Max, Metrics, merge
 from megatron_rl.trainers.rollout_metrics import summary
+from megatron_rl.trainers.update_metrics import results, update_metrics
 from megatron_rl.workers.critic import CriticWorker, ValueRegression
 
 
@@ -53,16 +54,12 @@ class ValueUpdate:
         for _ in range(train.epochs_per_step):
             for start in range(0, len(samples), size):
                 total = merge(total, self._once(samples[start : start + size]))
-        return {name: value.result() for name, value in total.items()}
+        return results(total)
 
     def _once(self, samples: Sequence[Sample]) -> Metrics:
         mini_batch = weighed(samples, "token-mean")
         plan = self.critic.plan(mini_batch, self.config.train.max_tokens_per_micro_batch)
         stats = self.critic.forward_backward(mini_batch, plan, self.objective)
         update = self.critic.step()
-        return {name: Mean(v.value, 1) if isinstance(v, Sum) else v for name, v in stats.items()} | {
-            "critic/grad_norm": Max(update.grad_norm),
-            "critic/grad_norm_clipped": Max(min(update.grad_norm, self.critic.clip_grad)),
-            "critic/lr": Mean(update.lr, 1),
-            "critic/skipped": Sum(float(not update.applied)),
-        }
+        clipped = Max(min(update.grad_norm, self.critic.clip_grad))
+        return update_metrics("critic", stats, update) | {"critic/grad_norm_clipped": clipped}
