@@ -5,7 +5,7 @@ from megatron_rl.workers.model_worker import StepResult
 
 
 def update_metrics(model: str, stats: Metrics, result: StepResult) -> Metrics:
-    """The pass's figures and `model`/*: merged over updates a loss is their mean, the norm the largest, skips a count."""
+    """A pass's figures and `model`/*. Merged over updates a loss is the mean, the norm the largest, skips a count."""
     return {name: Mean(value.value, 1) if isinstance(value, Sum) else value for name, value in stats.items()} | {
         f"{model}/grad_norm": Max(result.grad_norm),
         f"{model}/lr": Mean(result.lr, 1),

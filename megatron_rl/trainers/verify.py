@@ -16,7 +16,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.config.rules import Config
-from megatron_rl.config.schema import RANDOM, GadConfig, ModelConfig, OptimConfig, PpoConfig, SdpoConfig, SftConfig
+from megatron_rl.config.schema import (
+    RANDOM,
+    GadConfig,
+    ModelConfig,
+    OptimConfig,
+    PolicyGradientConfig,
+    PpoConfig,
+    SdpoConfig,
+    SftConfig,
+)
 from megatron_rl.config.sdpo import TeacherMode
 from megatron_rl.data.planner import StepPlan
 from megatron_rl.data.samples import Sample, from_example, weighed
@@ -116,6 +125,7 @@ def objective_of(config: Config, worker: ModelWorker) -> Objective:
         )
         mixed = other if config.teacher.mode is TeacherMode.trust_region else None
         return distillation(config, targets, mixed, vocab_size=worker.shape.vocab_size, on_policy=False)
+    assert isinstance(config, PolicyGradientConfig)
     return dataclasses.replace(policy_objective(config), on_policy=False)
 
 
