@@ -179,6 +179,7 @@ class DataConfig:
     prompt_key: str = "prompt"
     task: dict[str, Any] = field(default_factory=dict)  # size, seed and options of a reasoning-gym task
     val_task: dict[str, Any] = field(default_factory=dict)  # the same, of the held-out problems
+    template: str | None = None  # the prompt is put into: r1_zero, question_only, or a text file with {question}
     chat: Chat = Chat.auto
     max_prompt_tokens: int = 512
     truncation_side: TruncationSide = TruncationSide.error

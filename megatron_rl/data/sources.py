@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_rl.data.chat import ChatMode, TruncationSide, encode_prompt, fit_prompt
 from megatron_rl.data.media import refuse_media
+from megatron_rl.data.templates import fill_template
 from megatron_rl.types import Prompt
 
 Row = Mapping[str, Any]
@@ -189,11 +190,12 @@ class Encoder(Protocol[T_co]):
 
 @dataclass(frozen=True, kw_only=True)
 class PromptEncoder:
-    """Row -> Prompt. `text` stays whole where the token ids had to be cut."""
+    """Row -> Prompt. `text` stays whole where the token ids had to be cut; `template` is one's text."""
 
     tokenizer: PreTrainedTokenizerBase
     max_prompt_tokens: int
     prompt_key: str = "prompt"
+    template: str | None = None
     chat: ChatMode = "auto"
     truncation_side: TruncationSide = "error"
 
@@ -203,9 +205,14 @@ class PromptEncoder:
 
     def __call__(self, index: int, row: Row) -> Prompt:
         refuse_media(row)
-        text, token_ids = encode_prompt(self.tokenizer, row[self.prompt_key], chat=self.chat)
+        text, token_ids = self.encode(row[self.prompt_key])
         token_ids = fit_prompt(token_ids, self.max_prompt_tokens, self.truncation_side)
         return Prompt(index=index, text=text, token_ids=token_ids, row=row)
+
+    def encode(self, value: Any) -> tuple[str, tuple[int, ...]]:
+        """The text and all token ids of what a row holds as its prompt: the template first, then the chat template."""
+        value = value if self.template is None else fill_template(self.template, value)
+        return encode_prompt(self.tokenizer, value, chat=self.chat)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,13 +8,16 @@ from transformers import PreTrainedTokenizerBase
 from megatron_rl.config.rules import Config
 from megatron_rl.config.schema import DataConfig, GadConfig, SftDataConfig
 from megatron_rl.data.sources import ExampleEncoder, ExampleSource, PromptEncoder, PromptSource, Rows, load_rows
+from megatron_rl.data.templates import load_template
 
 
-def _prompt_encoder(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PromptEncoder:
+def prompt_encoder(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PromptEncoder:
+    """What makes a prompt of a row; ValueError where there is no such template."""
     return PromptEncoder(
         tokenizer=tokenizer,
         max_prompt_tokens=data.max_prompt_tokens,
         prompt_key=data.prompt_key,
+        template=None if data.template is None else load_template(data.template),
         chat=data.chat.value,
         truncation_side=data.truncation_side.value,
     )
@@ -28,7 +31,7 @@ def _rows(source: str, task: Mapping[str, Any]) -> Rows:
 def train_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptSource:
     """The prompts of `data.train`."""
     rows = _rows(config.data.train, config.data.task)
-    return PromptSource(rows, _prompt_encoder(config.data, tokenizer), seed=config.train.seed)
+    return PromptSource(rows, prompt_encoder(config.data, tokenizer), seed=config.train.seed)
 
 
 def train_examples(config: Config, tokenizer: PreTrainedTokenizerBase) -> ExampleSource:
@@ -39,7 +42,7 @@ def train_examples(config: Config, tokenizer: PreTrainedTokenizerBase) -> Exampl
 def _example_source(config: Config, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> ExampleSource:
     """ValueError where a row has no response."""
     assert isinstance(config.data, SftDataConfig)
-    encoder = ExampleEncoder(prompt=_prompt_encoder(config.data, tokenizer), response_key=config.data.response_key)
+    encoder = ExampleEncoder(prompt=prompt_encoder(config.data, tokenizer), response_key=config.data.response_key)
     return ExampleSource(rows, encoder, seed=config.train.seed)
 
 
@@ -50,4 +53,4 @@ def held_out_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> Prom
     rows = _rows(config.data.val, config.data.val_task)
     if isinstance(config, GadConfig):
         _example_source(config, tokenizer, rows)
-    return PromptSource(rows, _prompt_encoder(config.data, tokenizer), seed=config.train.seed)
+    return PromptSource(rows, prompt_encoder(config.data, tokenizer), seed=config.train.seed)

@@ -146,6 +146,7 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
         [],
         ["line 2", "'images'", "only text"],
     ),
+    "unknown template": (lambda folder: None, ["data.template=r1zero"], ["data.template='r1zero'", "'r1_zero'"]),
     "unknown key": (lambda folder: None, ["optim.learning=1"], ["unknown key 'optim.learning'", "'optim."]),
     "key of another trainer": (
         lambda folder: None,
