@@ -117,6 +117,7 @@ def _check_rollout(rollout: RolloutConfig) -> None:
     _require(rollout.temperature > 0, f"rollout.temperature={rollout.temperature} must be greater than 0")
     _require(0 < rollout.top_p <= 1, f"rollout.top_p={rollout.top_p} must be in (0, 1]")
     _require(rollout.top_k >= 0, f"rollout.top_k={rollout.top_k} must not be negative; 0 means no limit")
+    _require(all(rollout.stop), f"rollout.stop={rollout.stop} holds an empty text, which every response has: remove it")
 
 
 def _check_average(key: str, average: AverageConfig) -> None:

@@ -212,6 +212,7 @@ class RolloutConfig:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0  # 0: no limit
+    stop: list[str] = field(default_factory=list)  # texts that end a response, which keeps them and has no end token
     max_sequences: int = 256  # generated together on one rank
     parity_every: int = 50  # steps between comparisons of the engine's and the trainer's log-probabilities
     parity_tolerance: float | None = None  # largest difference allowed; null: 1e-3 in float32, 0.25 in bfloat16

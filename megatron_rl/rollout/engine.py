@@ -16,7 +16,7 @@ class Sampling:
 
     `seed` and `stream` key the random numbers, beside the prompt's place in the call and the response's in its group:
     a training step is a stream, and so is an evaluation. The same keys give the same draws whatever is generated
-    together.
+    together. A response ends with the first of the texts in `stop` that it holds, and keeps it.
     """
 
     group_size: int
@@ -24,6 +24,7 @@ class Sampling:
     temperature: float
     top_p: float = 1.0
     top_k: int = 0
+    stop: tuple[str, ...] = ()
     seed: int
     stream: tuple[int, ...]
 

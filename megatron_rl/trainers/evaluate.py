@@ -50,7 +50,8 @@ class Evaluator:
             temperature=temperature,
             top_p=config.rollout.top_p,
             top_k=config.rollout.top_k,
-            seed=config.train.seed,
+            stop=tuple(config.rollout.stop),
+            seed=config.eval.seed,
             stream=(EVALUATION, step),
         )
         return score(self.parts.pool, self.parts.engine.generate(self.prompts, sampling))

@@ -78,7 +78,8 @@ class GadTrainer:
             judged = self._judge(groups, [response for _, response in examples])
             groups, score_figures = self._rewarded(groups, judged)
         samples = to_samples(groups, drop_truncated=bool(config.algorithm.drop_truncated))
-        figures |= audit_rollouts(groups, samples, parts.stop) | audit_padding(parts.tokenizer, parts.stop)
+        figures |= audit_rollouts(groups, samples, parts.stop, config.rollout.stop)
+        figures |= audit_padding(parts.tokenizer, parts.stop)
         values = torch.zeros(len(samples), dtype=torch.float64)
         histograms: dict[str, list[float]] = {}
         if step <= options.sft_steps:

@@ -82,6 +82,7 @@ def sampling(config: PolicyConfig, step: int, number: int) -> Sampling:
         temperature=rollout.temperature,
         top_p=rollout.top_p,
         top_k=rollout.top_k,
+        stop=tuple(rollout.stop),
         seed=config.train.seed,
         stream=(TRAINING, step, number) if number else (TRAINING, step),
     )

@@ -74,9 +74,8 @@ class SdpoTrainer:
         groups, batch_figures = rollout_batch(config, parts, self.source, step, timer)
         greedy = greedy_rewards(config, parts, groups, timer)
         samples = to_samples(groups, drop_truncated=bool(config.algorithm.drop_truncated))
-        figures |= (
-            batch_figures | audit_rollouts(groups, samples, parts.stop) | audit_padding(parts.tokenizer, parts.stop)
-        )
+        figures |= batch_figures | audit_rollouts(groups, samples, parts.stop, config.rollout.stop)
+        figures |= audit_padding(parts.tokenizer, parts.stop)
         samples, policy_figures = self.policies.compare(groups, samples, step, timer)
         with timer("adv"):
             rewards, reward_figures = shaped_rewards(config, groups, samples)
