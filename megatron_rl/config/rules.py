@@ -103,6 +103,7 @@ def _check_positive(config: Config) -> None:
         "train.seed": config.train.seed,
         "eval.every": config.eval.every,
         "eval.samples": config.eval.samples,
+        "eval.seed": config.eval.seed,
         "checkpoint.every": config.checkpoint.every,
         "checkpoint.keep_every": config.checkpoint.keep_every,
         "rollout.parity_every": config.rollout.parity_every,

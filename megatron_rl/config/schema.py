@@ -298,6 +298,7 @@ class EvalConfig:
     limit: int | None = None  # problems; null: all
     samples: int = 0  # draws per problem for pass@1..samples; 0: greedy only
     max_new_tokens: int | None = None  # null: as in training
+    seed: int = 1  # of the draws
 
 
 @dataclass(kw_only=True)

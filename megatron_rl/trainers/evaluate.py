@@ -1,6 +1,7 @@
 """Held-out problems: greedy accuracy, and pass@k from several draws."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict
@@ -25,10 +26,29 @@ from megatron_rl.workers.sharded_model import ShardedModel
 # The second entry of a random stream's key, so that training steps and evaluations never share numbers.
 TRAINING, EVALUATION = 0, 1
 
+# Format and answer right; the format alone; neither.
+CLASSES = ("correct", "format_only", "format_wrong")
+
 
 def is_correct(reward: Reward) -> bool:
     """Full marks in the part called "accuracy", or in the whole where there is no such part. Failures are wrong."""
     return reward.reason is None and reward.parts.get("accuracy", reward.value) >= 1.0
+
+
+def answer_class(reward: Reward) -> str:
+    """One of `CLASSES`, by full marks in the parts "accuracy" (or the value) and "format" (or none, which is right).
+
+    A right answer in a wrong form counts as `format_wrong`, and so does a response that could not be judged.
+    """
+    if reward.reason is not None or reward.parts.get("format", 1.0) < 1.0:
+        return "format_wrong"
+    return "correct" if is_correct(reward) else "format_only"
+
+
+def class_shares(rewards: Sequence[Reward]) -> dict[str, float]:
+    """The share of each class; they add up to 1."""
+    counts = Counter(map(answer_class, rewards))
+    return {name: counts[name] / len(rewards) for name in CLASSES}
 
 
 def pass_at_k(correct: Sequence[int], draws: int, k: int) -> float:
@@ -67,6 +87,7 @@ class Evaluator:
         rewards = [group.rewards[0] for group in greedy]
         metrics = {
             f"{name}/accuracy": sum(map(is_correct, rewards)) / len(rewards),
+            **{f"{name}/{kind}": share for kind, share in class_shares(rewards).items()},
             f"{name}/response_length": sum(len(rollout.token_ids) for rollout in rollouts) / len(rollouts),
             f"{name}/truncated": sum(rollout.finish_reason == "length" for rollout in rollouts) / len(rollouts),
             f"{name}/reward_failed": float(sum(reward.reason is not None for reward in rewards)),
