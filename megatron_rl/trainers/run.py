@@ -13,7 +13,7 @@ from megatron_rl.checkpoint.hf import write_model
 from megatron_rl.checkpoint.store import Role
 from megatron_rl.config.load import as_dict, save_config
 from megatron_rl.config.rules import Config
-from megatron_rl.config.schema import GadConfig, GrpoConfig, PpoConfig, SdpoConfig, SftConfig
+from megatron_rl.config.schema import ExpertIterationConfig, GadConfig, GrpoConfig, PpoConfig, SdpoConfig, SftConfig
 from megatron_rl.metrics.progress import NOTES, bytes_in, progress
 from megatron_rl.metrics.timing import Timer
 from megatron_rl.metrics.types import StepLog
@@ -23,7 +23,7 @@ from megatron_rl.parallel.mesh import Mesh, create_mesh, destroy_mesh
 from megatron_rl.parallel.stop import StopRequest
 from megatron_rl.parallel.watchdog import watch
 from megatron_rl.report.curves import has_curve, plot_learning_curve
-from megatron_rl.trainers import gad, grpo, ppo, sdpo, sft
+from megatron_rl.trainers import expert_iteration, gad, grpo, ppo, sdpo, sft
 from megatron_rl.trainers.average import AveragedModel
 from megatron_rl.trainers.banner import banner
 from megatron_rl.trainers.critic import CriticTrainerConfig, classifier_config, critic_model
@@ -64,6 +64,8 @@ def build(config: Config, mesh: Mesh) -> Trainer:
     """The trainer that the config names."""
     if isinstance(config, SftConfig):
         return sft.build(config, mesh)
+    if isinstance(config, ExpertIterationConfig):
+        return expert_iteration.build(config, mesh)
     if isinstance(config, SdpoConfig):
         return sdpo.build(config, mesh)
     if isinstance(config, GadConfig):
