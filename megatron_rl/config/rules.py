@@ -39,6 +39,7 @@ MOST_RANKS, MOST_SEQUENCES = 2**16, 2**20
 WITHOUT_GROUPS = (Advantage.remax, Advantage.reinforce_plus_plus, Advantage.gae)
 AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 BY_CONSTANT = "seq-mean-token-sum-norm"
+LOWER_IS_BETTER = ("val/truncated", "val/reward_failed", "val/format_wrong", "val/format_only")
 OF_LIKELIHOOD = ("token-mean", "seq-mean-token-mean", BY_CONSTANT)
 
 
@@ -126,6 +127,20 @@ def _check_rollout(rollout: RolloutConfig) -> None:
     _require(rollout.top_k >= 0, f"rollout.top_k={rollout.top_k} must not be negative; 0 means no limit")
 
 
+def _check_best(config: Config) -> None:
+    best = config.checkpoint.best
+    if best is None:
+        return
+    _require(
+        best.startswith("val/") and best not in LOWER_IS_BETTER,
+        f"checkpoint.best={best!r} must be a figure of evaluations for which more is better, as val/accuracy",
+    )
+    _require(
+        config.data.val is not None,
+        f"checkpoint.best={best!r} is a figure of held-out problems, and there are none: set data.val",
+    )
+
+
 def _check_average(key: str, average: AverageConfig) -> None:
     _require(0 < average.rate <= 1, f"{key}.rate={average.rate} must be in (0, 1]; it weighs the new weights")
     for name in ("inv_gamma", "power"):
@@ -143,6 +158,7 @@ def check(config: Config) -> None:
     _check_positive(config)
     _check_optim("optim", config.optim)
     _check_rollout(config.rollout)
+    _check_best(config)
     if isinstance(config, SdpoConfig):
         _check_average("teacher", config.teacher)
     elif isinstance(config, LikelihoodConfig | GrpoConfig):

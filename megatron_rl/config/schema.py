@@ -317,6 +317,7 @@ class CheckpointConfig:
     keep_every: int = 0  # and those of every so many steps; 0: none
     background: bool = False  # write while training goes on; costs the memory of a copy
     load: str | None = None  # a checkpoint or run directory to continue, where run.dir has no checkpoint of its own
+    best: str | None = None  # a figure of evaluations, as val/accuracy: the weights where it was largest are kept
 
 
 @dataclass(kw_only=True)
