@@ -22,7 +22,7 @@ from megatron_rl.config.schema import (
     GrpoConfig,
     PolicyConfig,
     SdpoConfig,
-    SftConfig,
+    TrainerConfig,
 )
 
 MOST_TEACHER_TOKENS = 10240  # as in the code of SDPO's authors
@@ -126,7 +126,7 @@ def _to_object(config: DictConfig, path: Path) -> Config:
         result = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {_reason(error)}") from error
-    assert isinstance(result, SftConfig | PolicyConfig)
+    assert isinstance(result, TrainerConfig)
     return result
 
 
@@ -150,7 +150,7 @@ def save_config(config: Config, path: str | Path) -> None:
 def _complete(config: Config) -> list[str]:
     """Fills what was left open: the named algorithm's own values, the tolerance that fits the precision."""
     filled = []
-    if not isinstance(config, SftConfig):
+    if isinstance(config, PolicyConfig):
         for key, value in ALGORITHM_DEFAULTS[config.algorithm.name].items():
             if getattr(config.algorithm, key) is None:
                 if key == "overlong_buffer" and value is None:

@@ -8,6 +8,7 @@ from omegaconf import MISSING
 
 from megatron_rl.config.average import AverageConfig
 from megatron_rl.config.critic import CriticConfig, DiscriminatorConfig, PpoOptions
+from megatron_rl.config.expert import ExpertConfig
 from megatron_rl.config.optim import OptimConfig
 from megatron_rl.config.sdpo import DistillConfig, RepromptConfig, TeacherConfig
 
@@ -199,9 +200,20 @@ class TrainConfig:
 
 
 @dataclass(kw_only=True)
-class GrpoTrainConfig(TrainConfig):
+class RolloutTrainConfig(TrainConfig):
     mini_batches_per_step: int = 1  # that a rollout batch is cut into, one optimizer step each
     epochs_per_step: int = 1  # passes over a rollout batch
+
+
+@dataclass(kw_only=True)
+class LikelihoodTrainConfig(TrainConfig):
+    aggregation: str = "token-mean"  # how tokens are weighed, see the docs
+    normalizer: float | None = None  # of seq-mean-token-sum-norm: what each sequence's sum is divided by
+
+
+@dataclass(kw_only=True)
+class ExpertTrainConfig(LikelihoodTrainConfig, RolloutTrainConfig):
+    """Of an expert iteration's step."""
 
 
 @dataclass(kw_only=True)
@@ -308,6 +320,7 @@ class CheckpointConfig:
     keep_every: int = 0  # and those of every so many steps; 0: none
     background: bool = False  # write while training goes on; costs the memory of a copy
     load: str | None = None  # a checkpoint or run directory to continue, where run.dir has no checkpoint of its own
+    best: str | None = None  # a figure of evaluations, as val/accuracy: the weights where it was largest are kept
 
 
 @dataclass(kw_only=True)
@@ -345,6 +358,8 @@ class TrainerConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -360,16 +375,35 @@ class SftConfig(TrainerConfig):
 
     trainer: str = "sft"
     data: SftDataConfig = field(default_factory=SftDataConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
+    train: LikelihoodTrainConfig = field(default_factory=LikelihoodTrainConfig)
     average: KeptAverageConfig = field(default_factory=KeptAverageConfig)
 
 
 @dataclass(kw_only=True)
-class PolicyConfig(TrainerConfig):
+class RolloutTrainerConfig(TrainerConfig):
     """What trainers have that learn from their own answers."""
 
-    data: DataConfig = field(default_factory=DataConfig)
-    train: GrpoTrainConfig = field(default_factory=GrpoTrainConfig)
+    train: RolloutTrainConfig = field(default_factory=RolloutTrainConfig)
+
+
+@dataclass(kw_only=True)
+class ExpertIterationConfig(RolloutTrainerConfig):
+    """Answer, keep what is right, learn it as if it had been demonstrated."""
+
+    trainer: str = "expert_iteration"
+    train: ExpertTrainConfig = field(default_factory=ExpertTrainConfig)
+    expert: ExpertConfig = field(default_factory=ExpertConfig)
+    average: KeptAverageConfig = field(default_factory=KeptAverageConfig)
+
+
+# Those that learn the likelihood of given tokens, whoever wrote them.
+LikelihoodConfig = SftConfig | ExpertIterationConfig
+
+
+@dataclass(kw_only=True)
+class PolicyConfig(RolloutTrainerConfig):
+    """What those of them have that compare answers and policies."""
+
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     rollout_correction: RolloutCorrectionConfig = field(default_factory=RolloutCorrectionConfig)
 
@@ -420,10 +454,11 @@ class SdpoConfig(PolicyConfig):
     reprompt: RepromptConfig = field(default_factory=RepromptConfig)
 
 
-SCHEMAS: dict[str, type[SftConfig] | type[PolicyConfig]] = {
+SCHEMAS: dict[str, type[TrainerConfig]] = {
     "sft": SftConfig,
     "grpo": GrpoConfig,
     "ppo": PpoConfig,
     "gad": GadConfig,
     "sdpo": SdpoConfig,
+    "expert_iteration": ExpertIterationConfig,
 }

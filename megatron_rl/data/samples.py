@@ -70,7 +70,7 @@ def from_example(sample_id: int, prompt_ids: Sequence[int], response_ids: Sequen
     )
 
 
-def weighed(samples: Sequence[Sample], mode: str, *, horizon: int | None = None) -> list[Sample]:
+def weighed(samples: Sequence[Sample], mode: str, *, horizon: float | None = None) -> list[Sample]:
     """The samples of one mini-batch with their tokens' weights. Masks are final from here on."""
     weights = token_weights([sample.loss_mask for sample in samples], mode, horizon=horizon)
     return [sample.with_field("weights", weight) for sample, weight in zip(samples, weights)]

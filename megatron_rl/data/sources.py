@@ -247,7 +247,7 @@ class Source(Generic[T_co]):
                 )
         self._rows, self._encode, self._seed = rows, encode, seed
         self._drawn = 0
-        self._epoch, self._order = 0, _epoch_order(len(rows), seed, 0)
+        self._epoch, self._order = 0, permutation(len(rows), seed, 0)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -281,7 +281,7 @@ class Source(Generic[T_co]):
     def _index(self, position: int) -> int:
         epoch, offset = divmod(position, len(self))
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, _epoch_order(len(self), self._seed, epoch)
+            self._epoch, self._order = epoch, permutation(len(self), self._seed, epoch)
         return self._order[offset]
 
     def _item(self, index: int) -> T_co:
@@ -295,9 +295,12 @@ PromptSource = Source[Prompt]
 ExampleSource = Source[tuple[Prompt, str]]
 
 
-def _epoch_order(n: int, seed: int, epoch: int) -> list[int]:
-    """A permutation of n. Python promises to keep `random()` over its versions, and does not promise `shuffle`."""
-    generator = random.Random(f"{seed}/{epoch}")
+def permutation(n: int, *key: int) -> list[int]:
+    """An order of n things that the key alone decides.
+
+    Python promises to keep `random()` over its versions, and does not promise `shuffle`.
+    """
+    generator = random.Random("/".join(map(str, key)))
     keys = [generator.random() for _ in range(n)]
     return sorted(range(n), key=keys.__getitem__)
 

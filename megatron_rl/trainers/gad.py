@@ -144,7 +144,7 @@ class GadTrainer:
         """One supervised update on the teacher's responses."""
         samples = weighed(judged.teachers, "token-mean")
         plan = self.actor.plan(samples, self.config.train.max_tokens_per_micro_batch)
-        metrics = self.actor.forward_backward(samples, plan, NegativeLogLikelihood())
+        metrics = self.actor.forward_backward(samples, plan, NegativeLogLikelihood(entropy=False))
         return results(update_metrics("actor", metrics, self.actor.step()))
 
     def tell_apart(self, answers: Sequence[RolloutGroup]) -> dict[str, float]:

@@ -14,7 +14,15 @@ from megatron_rl.checkpoint.hf import SafetensorsReader
 from megatron_rl.checkpoint.store import check_model, find_checkpoint, read_state
 from megatron_rl.config.load import Loaded
 from megatron_rl.config.rules import Config
-from megatron_rl.config.schema import PRETRAINED, RANDOM, EmaAxis, GrpoConfig, SdpoConfig, SftConfig
+from megatron_rl.config.schema import (
+    PRETRAINED,
+    RANDOM,
+    EmaAxis,
+    GrpoConfig,
+    PolicyConfig,
+    RolloutTrainerConfig,
+    SdpoConfig,
+)
 from megatron_rl.data.chat import encode_response
 from megatron_rl.data.planner import plan_step
 from megatron_rl.data.sources import TASK_PREFIX
@@ -62,11 +70,11 @@ def preflight(config: Config, *, trains: bool = True) -> Findings:
     held_out = held_out_prompts(config, tokenizer)
     if isinstance(config, CriticTrainerConfig):
         _check_critic(config, tokenizer)
-    if not isinstance(config, SftConfig):
+    if isinstance(config, PolicyConfig):
         read_criteria(config.rollout_correction.reject)
     if isinstance(config, SdpoConfig):
         reprompt_options(config)
-    if not isinstance(config, SftConfig) or held_out is not None:
+    if isinstance(config, RolloutTrainerConfig) or held_out is not None:
         _check_tasks(config)
         RewardPool(config.reward.name, config.reward.options, workers=1, deadline_s=config.reward.deadline_s).close()
     _plan(config, lengths)
@@ -146,20 +154,20 @@ def _check_critic(config: CriticTrainerConfig, tokenizer: PreTrainedTokenizerBas
 
 def _first_step(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
     """Sequence lengths of the first step, and the rows there are; rollouts count at their longest."""
-    if isinstance(config, SftConfig):
-        examples = train_examples(config, tokenizer)
-        drawn = examples.next(config.train.batch_size)
-        return [len(p.token_ids) + len(encode_response(tokenizer, response)) for p, response in drawn], len(examples)
-    prompts = train_prompts(config, tokenizer)
-    longest = [len(p.token_ids) + config.rollout.max_new_tokens for p in prompts.next(config.train.batch_size)]
-    return [length for length in longest for _ in range(config.rollout.group_size)], len(prompts)
+    if isinstance(config, RolloutTrainerConfig):
+        prompts = train_prompts(config, tokenizer)
+        longest = [len(p.token_ids) + config.rollout.max_new_tokens for p in prompts.next(config.train.batch_size)]
+        return [length for length in longest for _ in range(config.rollout.group_size)], len(prompts)
+    examples = train_examples(config, tokenizer)
+    drawn = examples.next(config.train.batch_size)
+    return [len(p.token_ids) + len(encode_response(tokenizer, response)) for p, response in drawn], len(examples)
 
 
 def _plan(config: Config, lengths: list[int]) -> list[int]:
     """Tokens of each micro-batch of the first update on the first rank."""
     parallel = config.parallel
-    cuts = 1 if isinstance(config, SftConfig) else config.train.mini_batches_per_step
-    lengths = lengths[: len(lengths) // cuts]
+    cuts = config.train.mini_batches_per_step if isinstance(config, RolloutTrainerConfig) else 1
+    lengths = lengths[: max(len(lengths) // cuts, 1)]
     plan = plan_step(
         lengths,
         dp_size=parallel.dp or 1,
