@@ -100,6 +100,7 @@ def _check_positive(config: Config) -> None:
     where_set = {
         "parallel.dp": config.parallel.dp,
         "rollout.parity_tolerance": config.rollout.parity_tolerance,
+        "reward.memory_gb": config.reward.memory_gb,
         "eval.limit": config.eval.limit,
         "eval.max_new_tokens": config.eval.max_new_tokens,
         "run.stop_after": config.run.stop_after,

@@ -236,6 +236,7 @@ class RewardConfig:
     options: dict[str, Any] = field(default_factory=dict)
     workers: int = 2  # processes per rank
     deadline_s: float = 10.0  # per call; then the process is killed
+    memory_gb: float | None = 4.0  # GiB of address space in each process of a reward; null: no limit
 
 
 @dataclass(kw_only=True)

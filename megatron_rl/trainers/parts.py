@@ -42,7 +42,13 @@ class Parts:
     @cached_property
     def pool(self) -> RewardPool:
         reward = self.config.reward
-        return RewardPool(reward.name, reward.options, workers=reward.workers, deadline_s=reward.deadline_s)
+        return RewardPool(
+            reward.name,
+            reward.options,
+            workers=reward.workers,
+            deadline_s=reward.deadline_s,
+            memory_gb=reward.memory_gb,
+        )
 
     def push(self, model: ShardedModel, version: int | None = None) -> dict[str, float]:
         """Gives the engine the model's weights, under its own version or another; `sync/*`. Collective."""

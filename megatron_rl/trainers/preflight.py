@@ -76,7 +76,10 @@ def preflight(config: Config, *, trains: bool = True) -> Findings:
         reprompt_options(config)
     if isinstance(config, RolloutTrainerConfig) or held_out is not None:
         _check_tasks(config)
-        RewardPool(config.reward.name, config.reward.options, workers=1, deadline_s=config.reward.deadline_s).close()
+        reward = config.reward
+        RewardPool(
+            reward.name, reward.options, workers=1, deadline_s=reward.deadline_s, memory_gb=reward.memory_gb
+        ).close()
     _plan(config, lengths)
     return Findings(
         parameters=num_parameters(config.model.path),
