@@ -20,7 +20,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, value: Any, *, chat: ChatM
     a template.
     """
     assert chat in get_args(ChatMode), chat
-    if isinstance(value, str) and (chat == "never" or (chat == "auto" and not tokenizer.chat_template)):
+    if is_plain(tokenizer, value, chat):
         text, ids = value, _encode_plain(tokenizer, value)
     elif chat == "never":
         raise ValueError("the prompt is a list of messages and chat is never: set chat to auto, or make it a string")
@@ -32,6 +32,11 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, value: Any, *, chat: ChatM
     if not ids:
         raise ValueError("the prompt is empty: a response needs at least one token to follow")
     return text, ids
+
+
+def is_plain(tokenizer: PreTrainedTokenizerBase, value: Any, chat: ChatMode) -> bool:
+    """Whether a prompt is taken as it is, without the chat template."""
+    return isinstance(value, str) and (chat == "never" or (chat == "auto" and not tokenizer.chat_template))
 
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, response: str) -> TokenIds:

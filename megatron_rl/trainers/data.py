@@ -1,17 +1,19 @@
 """The sources that a config names."""
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_rl.config.rules import Config
-from megatron_rl.config.schema import DataConfig, GadConfig, SftDataConfig
+from megatron_rl.config.rules import Config, ConfigError
+from megatron_rl.config.schema import EvaluationConfig, GadConfig, HeldOutConfig, SftDataConfig
+from megatron_rl.data.shots import FewShotEncoder, read_shots
 from megatron_rl.data.sources import ExampleEncoder, ExampleSource, PromptEncoder, PromptSource, Rows, load_rows
 from megatron_rl.data.templates import load_template
 
 
-def prompt_encoder(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PromptEncoder:
+def prompt_encoder(data: HeldOutConfig, tokenizer: PreTrainedTokenizerBase) -> PromptEncoder:
     """What makes a prompt of a row; ValueError where there is no such template."""
     return PromptEncoder(
         tokenizer=tokenizer,
@@ -54,3 +56,17 @@ def held_out_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> Prom
     if isinstance(config, GadConfig):
         _example_source(config, tokenizer, rows)
     return PromptSource(rows, prompt_encoder(config.data, tokenizer), seed=config.train.seed)
+
+
+def problems(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> PromptSource:
+    """The prompts of an evaluation, solved examples before each of them where that is asked."""
+    data, measure = config.data, config.eval
+    if data.val is None:
+        raise ConfigError("eval needs held-out problems: name them after MODEL, or set data.val")
+    encoder = prompt_encoder(data, tokenizer)
+    if measure.shots_from is not None:
+        keys = {"prompt_key": data.prompt_key, "response_key": measure.shots_response_key}
+        shots = read_shots(measure.shots_from, measure.shots, **keys)
+        own = {item.name: getattr(encoder, item.name) for item in fields(encoder)}
+        encoder = FewShotEncoder(**own, shots=shots)
+    return PromptSource(_rows(data.val, data.val_task), encoder, seed=measure.seed)
