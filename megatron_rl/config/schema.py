@@ -193,8 +193,13 @@ class DataConfig(HeldOutConfig):
 
 
 @dataclass(kw_only=True)
-class SftDataConfig(DataConfig):
+class PairDataConfig(DataConfig):
     response_key: str = "response"
+
+
+@dataclass(kw_only=True)
+class SftDataConfig(DataConfig):
+    response_key: str | None = "response"  # null: the prompt is a conversation that ends with the assistant's message
 
 
 @dataclass(kw_only=True)
@@ -470,7 +475,7 @@ class GadConfig(PolicyGradientConfig):
     """Generative adversarial distillation: the policy is rewarded by a critic that tells it from a teacher."""
 
     trainer: str = "gad"
-    data: SftDataConfig = field(default_factory=SftDataConfig)
+    data: PairDataConfig = field(default_factory=PairDataConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
 

@@ -7,7 +7,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from megatron_rl.config.rules import Config, ConfigError
-from megatron_rl.config.schema import EvaluationConfig, GadConfig, HeldOutConfig, SftDataConfig
+from megatron_rl.config.schema import EvaluationConfig, GadConfig, HeldOutConfig, PairDataConfig, SftDataConfig
+from megatron_rl.data.demonstrations import DemonstrationEncoder, DemonstrationSource, may_be_conversations
 from megatron_rl.data.shots import FewShotEncoder, read_shots
 from megatron_rl.data.sources import ExampleEncoder, ExampleSource, PromptEncoder, PromptSource, Rows, load_rows
 from megatron_rl.data.templates import load_template
@@ -37,13 +38,29 @@ def train_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptS
 
 
 def train_examples(config: Config, tokenizer: PreTrainedTokenizerBase) -> ExampleSource:
-    """The prompts of `data.train` with their responses."""
+    """The prompts of `data.train` with their responses as text."""
     return _example_source(config, tokenizer, _rows(config.data.train, config.data.task))
+
+
+def train_demonstrations(
+    config: Config, tokenizer: PreTrainedTokenizerBase, stop: tuple[int, ...]
+) -> DemonstrationSource:
+    """What is to be learned of `data.train`; `stop` are the ids that end a response."""
+    data = config.data
+    assert isinstance(data, SftDataConfig)
+    rows = _rows(data.train, data.task)
+    encoder = DemonstrationEncoder(
+        prompt=prompt_encoder(data, tokenizer),
+        response_key=data.response_key,
+        stop=stop,
+        conversations=may_be_conversations(rows, data.prompt_key, data.response_key),
+    )
+    return DemonstrationSource(rows, encoder, seed=config.train.seed)
 
 
 def _example_source(config: Config, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> ExampleSource:
     """ValueError where a row has no response."""
-    assert isinstance(config.data, SftDataConfig)
+    assert isinstance(config.data, PairDataConfig)
     encoder = ExampleEncoder(prompt=prompt_encoder(config.data, tokenizer), response_key=config.data.response_key)
     return ExampleSource(rows, encoder, seed=config.train.seed)
 

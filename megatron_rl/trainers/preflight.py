@@ -26,10 +26,9 @@ from megatron_rl.config.schema import (
     RolloutTrainerConfig,
     SdpoConfig,
 )
-from megatron_rl.data.chat import encode_response
 from megatron_rl.data.planner import plan_step
 from megatron_rl.data.sources import TASK_PREFIX
-from megatron_rl.data.tokenizer import load_tokenizer
+from megatron_rl.data.tokenizer import load_tokenizer, read_generation_eos, stop_ids
 from megatron_rl.models.build import weight_map
 from megatron_rl.models.hf_config import ModelShape, check_layout, load_shape, num_parameters, tensor_shapes
 from megatron_rl.models.hf_map import SCALAR_HEAD, WeightMap
@@ -37,7 +36,7 @@ from megatron_rl.rewards.pool import RewardPool
 from megatron_rl.rewards.reasoning import check_task
 from megatron_rl.trainers.correction import read_criteria
 from megatron_rl.trainers.critic import CriticTrainerConfig, critic_model
-from megatron_rl.trainers.data import held_out_prompts, problems, train_examples, train_prompts
+from megatron_rl.trainers.data import held_out_prompts, problems, train_demonstrations, train_prompts
 from megatron_rl.trainers.guards import rules_of
 from megatron_rl.trainers.resume import checkpoint_to_continue
 from megatron_rl.trainers.sdpo import reprompt_options
@@ -114,9 +113,7 @@ def _check_reward(reward: RewardConfig, *sources: str | None) -> None:
     if reward.name == "reasoning":
         for source in sources:
             check_task((source or "").removeprefix(TASK_PREFIX), evaluate=bool(reward.options.get("evaluate")))
-    RewardPool(
-        reward.name, reward.options, workers=1, deadline_s=reward.deadline_s, memory_gb=reward.memory_gb
-    ).close()
+    RewardPool(reward.name, reward.options, workers=1, deadline_s=reward.deadline_s, memory_gb=reward.memory_gb).close()
 
 
 def _warnings(config: Config) -> list[str]:
@@ -183,9 +180,9 @@ def _first_step(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[lis
         prompts = train_prompts(config, tokenizer)
         longest = [len(p.token_ids) + config.rollout.max_new_tokens for p in prompts.next(config.train.batch_size)]
         return [length for length in longest for _ in range(config.rollout.group_size)], len(prompts)
-    examples = train_examples(config, tokenizer)
-    drawn = examples.next(config.train.batch_size)
-    return [len(p.token_ids) + len(encode_response(tokenizer, response)) for p, response in drawn], len(examples)
+    source = train_demonstrations(config, tokenizer, stop_ids(tokenizer, read_generation_eos(config.model.path)))
+    drawn = source.next(config.train.batch_size)
+    return [len(shown.prompt.token_ids) + len(shown.token_ids) for shown in drawn], len(source)
 
 
 def _plan(config: Config, lengths: list[int]) -> list[int]:
