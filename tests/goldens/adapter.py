@@ -36,7 +36,7 @@ from megatron_rl.ops.linear_stats import LinearStats, linear_stats
 from megatron_rl.ops.scan import exponential_average
 from megatron_rl.ops.vocab_shard import VocabShard
 from megatron_rl.types import Prompt, Reward, Rollout, RolloutGroup
-from tests.goldens import critic
+from tests.goldens import building_blocks, critic
 
 Arrays = dict[str, np.ndarray]
 Params = dict[str, Any]
@@ -95,10 +95,10 @@ def _group_ids(groups: np.ndarray) -> Tensor:
     return torch.from_numpy(np.unique(groups, return_inverse=True)[1].reshape(-1))
 
 
-def _grpo(rewards: np.ndarray, groups: np.ndarray, by_std: bool, eps: float = 1e-6) -> np.ndarray:
+def _grpo(rewards: np.ndarray, groups: np.ndarray, by_std: bool) -> np.ndarray:
     if by_std:
         _refuse_leaks(rewards, groups)
-    return advantages.grpo(torch.from_numpy(rewards), _group_ids(groups), normalize_by_std=by_std, eps=eps).numpy()
+    return advantages.grpo(torch.from_numpy(rewards), _group_ids(groups), normalize_by_std=by_std).numpy()
 
 
 def _verl_by_group(
@@ -210,8 +210,9 @@ def _masked_whiten(inputs: Arrays, params: Params) -> Result:
 def _cs336_group_normalized_rewards(inputs: Arrays, params: Params) -> Result:
     rewards = inputs["raw_rewards_in"]
     _unsupported(params["group_size"] == 1, "the standard deviation of one sample is not defined")
-    groups = np.arange(len(rewards)) // params["group_size"]
-    return {"out.normalized_rewards": _grpo(rewards, groups, params["normalize_by_std"], params["advantage_eps"])}
+    if params["normalize_by_std"]:
+        _refuse_leaks(rewards, np.arange(len(rewards)) // params["group_size"])
+    return building_blocks.compute_group_normalized_rewards(inputs, params)
 
 
 def _nemo_grpo_advantage(inputs: Arrays, params: Params) -> Result:
@@ -281,26 +282,6 @@ def _scattered(leaf: Tensor, mask: np.ndarray) -> np.ndarray:
     result = np.zeros(mask.shape, leaf.grad.numpy().dtype)
     result[mask] = leaf.grad.numpy()
     return result
-
-
-def _cs336_masked_mean(inputs: Arrays, params: Params) -> Result:
-    return _lines(inputs, params, "token-mean", None)
-
-
-def _cs336_masked_normalize(inputs: Arrays, params: Params) -> Result:
-    return _lines(inputs, params, "seq-mean-token-sum-norm", params["normalize_constant"])
-
-
-def _lines(inputs: Arrays, params: Params, mode: str, horizon: float | None) -> Result:
-    """Every line of tokens along the dimension is a mini-batch of its own."""
-    values, mask, dim = inputs["tensor"], inputs["mask"], params["dim"]
-    if dim is None:
-        values, mask, dim = values.reshape(-1), mask.reshape(-1), -1
-    values, mask = np.moveaxis(values, dim, -1), np.moveaxis(mask, dim, -1)
-    _unsupported(mode == "token-mean" and not mask.any(-1).all(), "nothing to average weighs 0, and is not 0 / 0")
-    flat = np.ascontiguousarray(mask.reshape(-1, mask.shape[-1])) > 0
-    weights = torch.cat([_weights(line[None], mode, horizon=horizon) for line in flat]).numpy()
-    return {"out.array": (weights * values.reshape(flat.shape)).sum(-1).reshape(mask.shape[:-1])}
 
 
 # Policy losses
@@ -436,39 +417,6 @@ def _slime_gspo_kl(inputs: Arrays, params: Params) -> Result:
     difference = torch.from_numpy((inputs["old_log_prob"] - inputs["log_prob"])[mask])
     mean = importance.sequence_mean(difference, ids[torch.from_numpy(mask)], len(lengths))
     return {"out.ppo_kl": mean[ids].to(difference.dtype).numpy()}
-
-
-def _cs336_naive_policy_gradient_loss(inputs: Arrays, params: Params) -> Result:
-    logp = inputs["policy_log_probs"]
-    mask, weights = np.ones(logp.shape, bool), torch.ones(logp.shape)
-    case = logp, logp, inputs["raw_rewards_or_advantages"], mask, weights
-    terms = _policy_case(*case, loss=policy_loss.reinforce)[1]
-    return {"out.array": terms.loss.detach().numpy().reshape(logp.shape)}
-
-
-def _cs336_grpo_clip_loss(inputs: Arrays, params: Params) -> Result:
-    logp, old_logp = inputs["policy_log_probs"], inputs["old_log_probs"]
-    mask, clip = np.ones(logp.shape, bool), params["cliprange"]
-    _refuse_clamped(logp, old_logp, mask)
-    weights = torch.ones(logp.shape)
-    advantage = inputs["advantages"]
-    terms = _policy_case(logp, old_logp, advantage, mask, weights, clip_low=clip, clip_high=clip, dual_clip=None)[1]
-    return {"out.array": terms.loss.detach().numpy().reshape(logp.shape)}
-
-
-def _cs336_grpo_microbatch_train_step(inputs: Arrays, params: Params) -> Result:
-    logp, mask, name = inputs["policy_log_probs"], inputs["response_mask"], params["loss_type"]
-    _unsupported(not mask.any(1).all(), "nothing to average weighs 0, and is not 0 / 0")
-    # The micro-batches of a step have as many sequences each, so the step's mean is the mean of theirs.
-    weights = _weights(mask, "seq-mean-token-mean") / params["gradient_accumulation_steps"]
-    advantage = inputs["raw_rewards" if name == "no_baseline" else "advantages"]
-    case: Params = {"advantage": advantage, "mask": mask, "weights": weights, "name": "policy_log_probs"}
-    if name in ("no_baseline", "reinforce_with_baseline"):
-        return _policy_case(logp, logp, **case, loss=policy_loss.reinforce)[0]
-    _unsupported(name != "grpo_clip", f"no loss {name}")
-    _refuse_clamped(logp, inputs["old_log_probs"], mask)
-    clip = {"clip_low": params["cliprange"], "clip_high": params["cliprange"], "dual_clip": None}
-    return _policy_case(logp, inputs["old_log_probs"], **case, **clip)[0]
 
 
 # Policy losses with an entropy bonus and a distance to a reference
@@ -1036,10 +984,6 @@ def _entropy_from_logits(inputs: Arrays, params: Params) -> Result:
     }
 
 
-def _cs336_compute_entropy(inputs: Arrays, params: Params) -> Result:
-    return {"out.array": _entropy_from_logits(inputs, params)["out.entropy"]}
-
-
 def _logprobs_from_logits(inputs: Arrays, params: Params) -> Result:
     leaf, stats = _logit_stats(inputs["logits"], inputs["labels"])
     stats.logp.sum().backward()
@@ -1360,13 +1304,7 @@ OPS: dict[str, Callable[[Arrays, Params], Result]] = {
     "compute_rloo_vectorized_outcome_advantage": _verl_by_group(advantages.rloo, zero_singletons=True),
     "compute_rollout_correction_weights": _verl_rollout_weights,
     "compute_rollout_rejection_mask": _verl_rejection_mask,
-    "cs336_compute_entropy": _cs336_compute_entropy,
     "cs336_compute_group_normalized_rewards": _cs336_group_normalized_rewards,
-    "cs336_compute_grpo_clip_loss": _cs336_grpo_clip_loss,
-    "cs336_compute_naive_policy_gradient_loss": _cs336_naive_policy_gradient_loss,
-    "cs336_grpo_microbatch_train_step": _cs336_grpo_microbatch_train_step,
-    "cs336_masked_mean": _cs336_masked_mean,
-    "cs336_masked_normalize": _cs336_masked_normalize,
     "dapo_overlong": _dapo_overlong,
     "distill_full_per_token": _trl_per_token,
     "distill_sampled_per_token": _trl_per_token,
@@ -1401,5 +1339,6 @@ OPS: dict[str, Callable[[Arrays, Params], Result]] = {
     "trl_sdpo_loss": _trl_sdpo_loss,
     "trust_region_mix": _trust_region_mix,
     "vocab_parallel_logprob_entropy": _slime_logprob_entropy,
+    **building_blocks.OPS,
     **critic.OPS,
 }

@@ -15,7 +15,7 @@ FLOORS = (
     {"__init__", "types", "config", "metrics"},
     {"algorithms", "ops"},
     {"data", "rewards"},
-    {"parallel"},
+    {"parallel", "building_blocks"},
     {"models"},
     {"checkpoint"},
     {"workers", "rollout", "report"},
