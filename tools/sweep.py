@@ -5,6 +5,7 @@
 A sweep names a config, or several by case, `a.b=c` overrides for all cases and for each, and seeds. Every run that ends
 appends its steps to `curves.csv` in the sweep's folder of results; a run that is there already is not run again, so
 that an interrupted sweep goes on where it stopped. `summary.md` and `curves.png` beside it are made anew each time.
+`figures` names more columns, each with the logged figure that it holds; they get a panel and a final value each.
 """
 
 import argparse
@@ -38,17 +39,21 @@ def run(config: Path, overrides: list[str], run_dir: Path) -> list[dict[str, Any
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def append(table: Path, case: str, seed: int, rows: list[dict[str, Any]]) -> None:
+def append(table: Path, case: str, seed: int, rows: list[dict[str, Any]], more: dict[str, str]) -> None:
     """One line per step, blank where a figure was not measured. All lines of a run are written at once."""
     new = not table.exists()
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
     with table.open("a", newline="") as lines:
         writer = csv.writer(lines, lineterminator="\n")
         if new:
-            writer.writerow(FIELDS)
+            writer.writerow([*FIELDS, *more])
         for row in rows:
-            figures = (f"{row[key]:.4f}" if row.get(key) is not None else "" for key in (REWARD, ACCURACY))
-            writer.writerow([case, seed, row["step"], *figures, f"{row['time'] - rows[0]['time']:.1f}", date])
+            main, others = (
+                [f"{row[key]:.4f}" if row.get(key) is not None else "" for key in keys]
+                for keys in ((REWARD, ACCURACY), more.values())
+            )
+            seconds = f"{row['time'] - rows[0]['time']:.1f}"
+            writer.writerow([case, seed, row["step"], *main, seconds, date, *others])
 
 
 def run_directory(sweep: dict[str, Any], case: str, seed: int) -> Path:
@@ -67,7 +72,7 @@ def run_sweep(path: Path) -> None:
     sweep = yaml.safe_load(path.read_text())
     results = Path(sweep["results"])
     results.mkdir(parents=True, exist_ok=True)
-    table = results / "curves.csv"
+    table, more = results / "curves.csv", sweep.get("figures", {})
     done = finished(table)
     for seed in sweep["seeds"]:
         for case, overrides in sweep["cases"].items():
@@ -75,9 +80,9 @@ def run_sweep(path: Path) -> None:
                 continue
             print(f"\n== {path.stem}: {case}, seed {seed}", flush=True)
             options = [*sweep.get("options", []), *overrides, f"train.seed={seed}"]
-            append(table, case, seed, run(config_of(sweep, case), options, run_directory(sweep, case, seed)))
-    (results / "summary.md").write_text(summary(table))
-    plot_comparison(table, results / "curves.png", title=sweep["title"])
+            append(table, case, seed, run(config_of(sweep, case), options, run_directory(sweep, case, seed)), more)
+    (results / "summary.md").write_text(summary(table, more=tuple(more)))
+    plot_comparison(table, results / "curves.png", title=sweep["title"], more=tuple(more))
     print(f"\n{table}\n{results / 'curves.png'}")
 
 

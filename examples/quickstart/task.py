@@ -22,10 +22,10 @@ HELD_OUT = 500
 MAX_NEW_TOKENS = 4  # three digits and the end
 
 
-def make_tokenizer(directory: Path) -> None:
-    """One token per character; nothing is added by itself."""
-    tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token=PAD))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
+def make_tokenizer(directory: Path, vocabulary: dict[str, int] = VOCABULARY) -> None:
+    """One token per character, and per <tag>; nothing is added by itself."""
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("<[^<>]*>|."), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, clean_up_tokenization_spaces=False
@@ -33,10 +33,10 @@ def make_tokenizer(directory: Path) -> None:
     fast.save_pretrained(directory)
 
 
-def make_model(directory: Path, seed: int) -> None:
+def make_model(directory: Path, seed: int, vocabulary: dict[str, int] = VOCABULARY) -> None:
     """A Llama of 0.3 million random weights; heads, key/value heads and layers divide by two."""
     config = LlamaConfig(
-        vocab_size=len(VOCABULARY),
+        vocab_size=len(vocabulary),
         hidden_size=128,
         intermediate_size=256,
         num_hidden_layers=2,
@@ -65,24 +65,29 @@ def add_without_carrying(a: int, b: int) -> str:
     return str(10 * (a // 10 + b // 10) + (a + b) % 10)
 
 
-def _write(path: Path, rows: Iterable[dict[str, str]]) -> None:
+def write_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def split(generator: random.Random) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """The pairs to train on, and those held out; two of three need a carry."""
+    every = [(a, b) for a in range(10, 100) for b in range(10, 100)]
+    generator.shuffle(every)
+    carried = [pair for pair in every if add(*pair) != add_without_carrying(*pair)]
+    plain = [pair for pair in every if add(*pair) == add_without_carrying(*pair)]
+    problems = carried + plain[: len(carried) // 2]
+    generator.shuffle(problems)
+    return problems[HELD_OUT:], problems[:HELD_OUT]
+
+
+def problem(a: int, b: int) -> dict[str, str]:
+    return {"prompt": f"{a}+{b}=", "answer": add(a, b)}
 
 
 def make_data(directory: Path, seed: int) -> None:
     """Writes sft.jsonl (demonstrations), train.jsonl and heldout.jsonl (problems; no problem is in both)."""
     generator = random.Random(seed)
-    every = [(a, b) for a in range(10, 100) for b in range(10, 100)]
-    generator.shuffle(every)
-    carried = [pair for pair in every if add(*pair) != add_without_carrying(*pair)]
-    plain = [pair for pair in every if add(*pair) == add_without_carrying(*pair)]
-    problems = carried + plain[: len(carried) // 2]  # two of three need a carry
-    generator.shuffle(problems)
-    held_out, train = problems[:HELD_OUT], problems[HELD_OUT:]
-
-    def problem(a: int, b: int) -> dict[str, str]:
-        return {"prompt": f"{a}+{b}=", "answer": add(a, b)}
-
+    train, held_out = split(generator)
     demonstrations = [
         {**problem(*pair), "response": add_without_carrying(*pair) if number < CARELESS else add(*pair)}
         for pair in train
@@ -90,6 +95,6 @@ def make_data(directory: Path, seed: int) -> None:
     ]
     generator.shuffle(demonstrations)
     directory.mkdir(parents=True, exist_ok=True)
-    _write(directory / "sft.jsonl", demonstrations)
-    _write(directory / "train.jsonl", (problem(*pair) for pair in train))
-    _write(directory / "heldout.jsonl", (problem(*pair) for pair in held_out))
+    write_rows(directory / "sft.jsonl", demonstrations)
+    write_rows(directory / "train.jsonl", (problem(*pair) for pair in train))
+    write_rows(directory / "heldout.jsonl", (problem(*pair) for pair in held_out))

@@ -152,7 +152,7 @@ def write_model(
 
     `like` is the directory the model came from: its config, with `changes`, generation config, tokenizer and chat
     template are copied.
-    The directory appears whole, or not at all.
+    The directory appears whole, or not at all; one that was there goes only when the new one is complete.
     """
     if not write:
         for _ in weights:
@@ -184,5 +184,9 @@ def write_model(
     config = json.loads((partial / "config.json").read_text())
     config.pop("torch_dtype", None)
     (partial / "config.json").write_text(json.dumps(config | {**changes, "dtype": dtype}, indent=2) + "\n")
-    shutil.rmtree(target, ignore_errors=True)
+    old = target.with_name(target.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
     partial.rename(target)
+    shutil.rmtree(old, ignore_errors=True)

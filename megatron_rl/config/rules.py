@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_rl.config.algorithms import GRPO
+from megatron_rl.config.expert import Keep
 from megatron_rl.config.optim import OptimConfig
 from megatron_rl.config.schema import (
     Advantage,
@@ -13,27 +14,71 @@ from megatron_rl.config.schema import (
     AverageConfig,
     CorrectionLevel,
     EmaAxis,
+    EvaluationConfig,
+    ExpertIterationConfig,
     GadConfig,
     GrpoConfig,
     KLEstimator,
     KLGradient,
     KLPlace,
+    LikelihoodConfig,
     Loss,
+    MeasureConfig,
+    ParallelConfig,
     PolicyConfig,
     PolicyGradientConfig,
     PpoConfig,
-    RolloutConfig,
+    RolloutTrainerConfig,
+    SamplingConfig,
     SdpoConfig,
-    SftConfig,
+    TrainerConfig,
 )
 from megatron_rl.config.sdpo import DistillLoss, TeacherMode
 
-Config = SftConfig | PolicyConfig
+Config = TrainerConfig
 
 # More than this is a slip of the hand, and would keep the check itself busy for hours.
 MOST_RANKS, MOST_SEQUENCES = 2**16, 2**20
 WITHOUT_GROUPS = (Advantage.remax, Advantage.reinforce_plus_plus, Advantage.gae)
 AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
+BY_CONSTANT = "seq-mean-token-sum-norm"
+LOWER_IS_BETTER = ("val/truncated", "val/reward_failed", "val/format_wrong", "val/format_only")
+OF_LIKELIHOOD = ("token-mean", "seq-mean-token-mean", BY_CONSTANT)
+POSITIVE = (
+    "parallel.tp",
+    "parallel.pp",
+    "parallel.vpp",
+    "parallel.dp",
+    "train.steps",
+    "train.batch_size",
+    "train.max_tokens_per_micro_batch",
+    "data.max_prompt_tokens",
+    "rollout.max_new_tokens",
+    "rollout.max_sequences",
+    "rollout.group_size",
+    "rollout.parity_tolerance",
+    "reward.workers",
+    "reward.deadline_s",
+    "reward.memory_gb",
+    "eval.limit",
+    "eval.max_new_tokens",
+    "eval.chunk",
+    "checkpoint.keep",
+    "guards.max_skipped_steps",
+    "run.stop_after",
+)
+NOT_NEGATIVE = (
+    "train.seed",
+    "eval.every",
+    "eval.samples",
+    "eval.seed",
+    "eval.shots",
+    "checkpoint.every",
+    "checkpoint.keep_every",
+    "rollout.parity_every",
+    "log.histograms_every",
+    "run.hang_timeout_s",
+)
 
 
 class ConfigError(ValueError):
@@ -55,16 +100,24 @@ def _numbers(section: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
             yield prefix + item.name, value
 
 
-def _check_size(config: Config) -> None:
-    """Numbers that can be computed with, and a step that can be planned."""
+def _check_size(config: Config | EvaluationConfig) -> None:
+    """Numbers that can be computed with, and a step or a chunk that can be planned."""
     for key, value in _numbers(config):
         _require(math.isfinite(value), f"{key}={value} must be a finite number")
         _require(abs(value) < 2**63 or isinstance(value, float), f"{key}={value} does not fit 64 bits")
-    parallel, group_size = config.parallel, 1 if isinstance(config, SftConfig) else config.rollout.group_size
+    parallel = config.parallel
+    group_size = config.rollout.group_size if isinstance(config, RolloutTrainerConfig) else 1
     _require(
         parallel.tp * parallel.pp * (parallel.dp or 1) <= MOST_RANKS,
         f"parallel.tp={parallel.tp} times pp={parallel.pp} times dp={parallel.dp or 1} is more than {MOST_RANKS} ranks",
     )
+    if isinstance(config, EvaluationConfig):
+        _require(
+            config.eval.chunk * max(config.eval.samples, 1) <= MOST_SEQUENCES,
+            f"eval.chunk={config.eval.chunk} problems with eval.samples={config.eval.samples} draws are more than "
+            f"{MOST_SEQUENCES} sequences at once",
+        )
+        return
     _require(
         config.train.batch_size * group_size <= MOST_SEQUENCES,
         f"train.batch_size={config.train.batch_size} with {group_size} responses to a prompt is more than "
@@ -72,51 +125,54 @@ def _check_size(config: Config) -> None:
     )
 
 
-def _check_positive(config: Config) -> None:
-    values: dict[str, float] = {
-        "parallel.tp": config.parallel.tp,
-        "parallel.pp": config.parallel.pp,
-        "parallel.vpp": config.parallel.vpp,
-        "train.steps": config.train.steps,
-        "train.batch_size": config.train.batch_size,
-        "train.max_tokens_per_micro_batch": config.train.max_tokens_per_micro_batch,
-        "data.max_prompt_tokens": config.data.max_prompt_tokens,
-        "rollout.max_new_tokens": config.rollout.max_new_tokens,
-        "rollout.max_sequences": config.rollout.max_sequences,
-        "rollout.group_size": config.rollout.group_size,
-        "reward.workers": config.reward.workers,
-        "reward.deadline_s": config.reward.deadline_s,
-        "checkpoint.keep": config.checkpoint.keep,
-        "guards.max_skipped_steps": config.guards.max_skipped_steps,
-    }
-    where_set = {
-        "parallel.dp": config.parallel.dp,
-        "rollout.parity_tolerance": config.rollout.parity_tolerance,
-        "eval.limit": config.eval.limit,
-        "eval.max_new_tokens": config.eval.max_new_tokens,
-        "run.stop_after": config.run.stop_after,
-    }
-    values |= {key: value for key, value in where_set.items() if value is not None}
-    for key, value in values.items():
-        _require(value > 0, f"{key}={value} must be greater than 0")
-    for key, value in {
-        "train.seed": config.train.seed,
-        "eval.every": config.eval.every,
-        "eval.samples": config.eval.samples,
-        "checkpoint.every": config.checkpoint.every,
-        "checkpoint.keep_every": config.checkpoint.keep_every,
-        "rollout.parity_every": config.rollout.parity_every,
-        "log.histograms_every": config.log.histograms_every,
-        "run.hang_timeout_s": config.run.hang_timeout_s,
-    }.items():
-        _require(value >= 0, f"{key}={value} must not be negative")
+def _check_signs(config: Config | EvaluationConfig) -> None:
+    """Each schema has some of these options; what is null is not looked at."""
+    values = dict(_numbers(config))
+    for key in POSITIVE:
+        _require(values.get(key, 1) > 0, f"{key}={values.get(key)} must be greater than 0")
+    for key in NOT_NEGATIVE:
+        _require(values.get(key, 0) >= 0, f"{key}={values.get(key)} must not be negative")
 
 
-def _check_rollout(rollout: RolloutConfig) -> None:
+def _check_rollout(rollout: SamplingConfig) -> None:
     _require(rollout.engine == "hf", f"rollout.engine={rollout.engine!r} is not one of: hf")
     _require(rollout.temperature > 0, f"rollout.temperature={rollout.temperature} must be greater than 0")
     _require(0 < rollout.top_p <= 1, f"rollout.top_p={rollout.top_p} must be in (0, 1]")
     _require(rollout.top_k >= 0, f"rollout.top_k={rollout.top_k} must not be negative; 0 means no limit")
+    _require(all(rollout.stop), f"rollout.stop={rollout.stop} holds an empty text, which every response has: remove it")
+
+
+def _check_parallel(parallel: ParallelConfig) -> None:
+    _require(
+        parallel.vpp == 1 or parallel.pp > 1,
+        f"parallel.vpp={parallel.vpp} needs parallel.pp > 1: it cuts stages in chunks",
+    )
+    _require(
+        not parallel.sequence_parallel or parallel.tp > 1,
+        "parallel.sequence_parallel=true needs parallel.tp > 1: with one tensor rank nothing is cut",
+    )
+
+
+def _check_shots(measure: MeasureConfig) -> None:
+    _require(
+        (measure.shots > 0) == (measure.shots_from is not None),
+        f"eval.shots={measure.shots} and eval.shots_from={measure.shots_from!r} go together: the number of solved "
+        "examples, and the file whose first rows they are",
+    )
+
+
+def _check_best(config: Config) -> None:
+    best = config.checkpoint.best
+    if best is None:
+        return
+    _require(
+        best.startswith("val/") and best not in LOWER_IS_BETTER,
+        f"checkpoint.best={best!r} must be a figure of evaluations for which more is better, as val/accuracy",
+    )
+    _require(
+        config.data.val is not None,
+        f"checkpoint.best={best!r} is a figure of held-out problems, and there are none: set data.val",
+    )
 
 
 def _check_average(key: str, average: AverageConfig) -> None:
@@ -130,26 +186,28 @@ def _check_average(key: str, average: AverageConfig) -> None:
     _require(average.update_after >= 0, f"{key}.update_after={average.update_after} must not be negative")
 
 
-def check(config: Config) -> None:
+def check(config: Config | EvaluationConfig) -> None:
     """Values and combinations that cannot be run; raises ConfigError on the first."""
     _check_size(config)
-    _check_positive(config)
-    _check_optim("optim", config.optim)
+    _check_signs(config)
     _check_rollout(config.rollout)
+    _check_parallel(config.parallel)
+    if isinstance(config, EvaluationConfig):
+        _check_shots(config.eval)
+        return
+    _check_optim("optim", config.optim)
+    _check_best(config)
     if isinstance(config, SdpoConfig):
         _check_average("teacher", config.teacher)
-    elif isinstance(config, SftConfig | GrpoConfig):
+    elif isinstance(config, LikelihoodConfig | GrpoConfig):
         _check_average("average", config.average)
-    parallel = config.parallel
-    _require(
-        parallel.vpp == 1 or parallel.pp > 1,
-        f"parallel.vpp={parallel.vpp} needs parallel.pp > 1: it cuts stages in chunks",
-    )
-    _require(
-        not parallel.sequence_parallel or parallel.tp > 1,
-        "parallel.sequence_parallel=true needs parallel.tp > 1: with one tensor rank nothing is cut",
-    )
-    if not isinstance(config, SftConfig):
+    if isinstance(config, RolloutTrainerConfig):
+        _check_updates(config)
+    if isinstance(config, LikelihoodConfig):
+        _check_likelihood(config)
+    if isinstance(config, ExpertIterationConfig):
+        _check_expert(config)
+    if isinstance(config, PolicyConfig):
         _check_policy(config)
     if isinstance(config, PolicyGradientConfig):
         _check_algorithm(config)
@@ -164,18 +222,55 @@ def check(config: Config) -> None:
         _check_sdpo(config)
 
 
-def _check_policy(config: PolicyConfig) -> None:
+def _check_updates(config: RolloutTrainerConfig) -> None:
     """What every trainer that learns from its own answers asks."""
-    mini_batches, epochs, correction = (
-        config.train.mini_batches_per_step,
-        config.train.epochs_per_step,
-        config.rollout_correction,
+    for key in ("mini_batches_per_step", "epochs_per_step"):
+        _require(getattr(config.train, key) > 0, f"train.{key}={getattr(config.train, key)} must be greater than 0")
+
+
+def _check_likelihood(config: LikelihoodConfig) -> None:
+    """What every trainer that learns given tokens asks."""
+    aggregation, normalizer = config.train.aggregation, config.train.normalizer
+    _require(
+        aggregation in OF_LIKELIHOOD, f"train.aggregation={aggregation!r} is not one of {', '.join(OF_LIKELIHOOD)}"
     )
     _require(
-        mini_batches > 0 and config.train.batch_size % mini_batches == 0,
+        normalizer is None or aggregation == BY_CONSTANT,
+        f"train.normalizer={normalizer} divides the sums of {BY_CONSTANT} and does not go with train.aggregation="
+        f"{aggregation}: remove it, or set train.aggregation={BY_CONSTANT}",
+    )
+    _require(
+        aggregation != BY_CONSTANT or (normalizer is not None and normalizer > 0),
+        f"train.normalizer={normalizer} must be a number greater than 0 with train.aggregation={BY_CONSTANT}: it "
+        "divides the sum over each sequence; 1 leaves it a sum",
+    )
+
+
+def _check_expert(config: ExpertIterationConfig) -> None:
+    expert, longest = config.expert, config.rollout.max_new_tokens
+    _require(
+        expert.top_k is None or expert.keep is Keep.top,
+        f"expert.top_k={expert.top_k} is of expert.keep=top, and expert.keep={expert.keep.value} keeps all correct "
+        "answers: remove it, or set expert.keep=top",
+    )
+    _require(
+        expert.keep is not Keep.top or (expert.top_k is not None and 0 < expert.top_k <= config.rollout.group_size),
+        f"expert.top_k={expert.top_k} must be from 1 to rollout.group_size={config.rollout.group_size} with "
+        "expert.keep=top",
+    )
+    _require(
+        0 < expert.min_tokens <= longest,
+        f"expert.min_tokens={expert.min_tokens} must be from 1 to rollout.max_new_tokens={longest}",
+    )
+
+
+def _check_policy(config: PolicyConfig) -> None:
+    """What every trainer that compares answers and policies asks."""
+    mini_batches, correction = config.train.mini_batches_per_step, config.rollout_correction
+    _require(
+        config.train.batch_size % mini_batches == 0,
         f"train.mini_batches_per_step={mini_batches} does not divide train.batch_size={config.train.batch_size}",
     )
-    _require(epochs > 0, f"train.epochs_per_step={epochs} must be greater than 0")
     _require(
         config.rollout.top_p == 1.0 and config.rollout.top_k == 0,
         "rollout.top_p < 1 or rollout.top_k > 0 would train on samples of another distribution than the loss assumes; "

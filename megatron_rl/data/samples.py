@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.algorithms.reduction import token_weights
+from megatron_rl.types import Demonstration
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +71,13 @@ def from_example(sample_id: int, prompt_ids: Sequence[int], response_ids: Sequen
     )
 
 
-def weighed(samples: Sequence[Sample], mode: str, *, horizon: int | None = None) -> list[Sample]:
+def from_demonstration(sample_id: int, demonstration: Demonstration) -> Sample:
+    """Its learned tokens bear loss."""
+    sample = from_example(sample_id, demonstration.prompt.token_ids, demonstration.token_ids)
+    return replace(sample, loss_mask=torch.tensor(demonstration.learned, dtype=torch.bool))
+
+
+def weighed(samples: Sequence[Sample], mode: str, *, horizon: float | None = None) -> list[Sample]:
     """The samples of one mini-batch with their tokens' weights. Masks are final from here on."""
     weights = token_weights([sample.loss_mask for sample in samples], mode, horizon=horizon)
     return [sample.with_field("weights", weight) for sample, weight in zip(samples, weights)]

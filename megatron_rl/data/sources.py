@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_rl.data.chat import ChatMode, TruncationSide, encode_prompt, fit_prompt
 from megatron_rl.data.media import refuse_media
+from megatron_rl.data.templates import fill_template
 from megatron_rl.types import Prompt
 
 Row = Mapping[str, Any]
@@ -189,11 +190,12 @@ class Encoder(Protocol[T_co]):
 
 @dataclass(frozen=True, kw_only=True)
 class PromptEncoder:
-    """Row -> Prompt. `text` stays whole where the token ids had to be cut."""
+    """Row -> Prompt. `text` stays whole where the token ids had to be cut; `template` is one's text."""
 
     tokenizer: PreTrainedTokenizerBase
     max_prompt_tokens: int
     prompt_key: str = "prompt"
+    template: str | None = None
     chat: ChatMode = "auto"
     truncation_side: TruncationSide = "error"
 
@@ -203,9 +205,17 @@ class PromptEncoder:
 
     def __call__(self, index: int, row: Row) -> Prompt:
         refuse_media(row)
-        text, token_ids = encode_prompt(self.tokenizer, row[self.prompt_key], chat=self.chat)
+        text, token_ids = self.encode(row[self.prompt_key])
         token_ids = fit_prompt(token_ids, self.max_prompt_tokens, self.truncation_side)
         return Prompt(index=index, text=text, token_ids=token_ids, row=row)
+
+    def encode(self, value: Any) -> tuple[str, tuple[int, ...]]:
+        """The text and all token ids of what a row holds as its prompt: the template first, then the chat template."""
+        return encode_prompt(self.tokenizer, self.filled(value), chat=self.chat)
+
+    def filled(self, value: Any) -> Any:
+        """The template with the question in it, where there is one."""
+        return value if self.template is None else fill_template(self.template, value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,7 +250,7 @@ class Source(Generic[T_co]):
                 )
         self._rows, self._encode, self._seed = rows, encode, seed
         self._drawn = 0
-        self._epoch, self._order = 0, _epoch_order(len(rows), seed, 0)
+        self._epoch, self._order = 0, permutation(len(rows), seed, 0)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -274,7 +284,7 @@ class Source(Generic[T_co]):
     def _index(self, position: int) -> int:
         epoch, offset = divmod(position, len(self))
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, _epoch_order(len(self), self._seed, epoch)
+            self._epoch, self._order = epoch, permutation(len(self), self._seed, epoch)
         return self._order[offset]
 
     def _item(self, index: int) -> T_co:
@@ -288,9 +298,12 @@ PromptSource = Source[Prompt]
 ExampleSource = Source[tuple[Prompt, str]]
 
 
-def _epoch_order(n: int, seed: int, epoch: int) -> list[int]:
-    """A permutation of n. Python promises to keep `random()` over its versions, and does not promise `shuffle`."""
-    generator = random.Random(f"{seed}/{epoch}")
+def permutation(n: int, *key: int) -> list[int]:
+    """An order of n things that the key alone decides.
+
+    Python promises to keep `random()` over its versions, and does not promise `shuffle`.
+    """
+    generator = random.Random("/".join(map(str, key)))
     keys = [generator.random() for _ in range(n)]
     return sorted(range(n), key=keys.__getitem__)
 

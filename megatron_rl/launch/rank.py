@@ -9,7 +9,7 @@ from typing import NoReturn
 from megatron_rl.launch.torchrun import CHECKED, under_torchrun
 from megatron_rl.metrics.progress import NOTES, progress
 from megatron_rl.parallel.stop import LOST, STOP_SIGNALS
-from megatron_rl.rewards.worker import die_with_parent
+from megatron_rl.rewards.warden import die_with_parent
 
 
 def enter(*, stops_gracefully: bool) -> None:

@@ -15,6 +15,17 @@ POLICY_RULES = (
         remedy="read the last responses, look at reward/failed, and go back to the checkpoint before the fall",
     ),
     Rule(
+        name="nothing_kept",
+        figures=("expert/kept",),
+        kind=Kind.below,
+        limit=1,
+        patience=3,
+        cause="no answer was worth learning, so nothing is: the problems are too hard, answers do not end within the "
+        "limit or are too short, or the reward reads the wrong field",
+        remedy="read val/answers and response_length/clip_ratio; raise rollout.group_size or rollout.max_new_tokens, "
+        "lower expert.min_tokens, check reward.name, or start from a model that has seen demonstrations",
+    ),
+    Rule(
         name="entropy_jump",
         figures=("actor/entropy", "rollout/entropy"),
         kind=Kind.above_median,

@@ -292,11 +292,13 @@ def chosen_rules(
     max_skipped_steps: int,
     signed_kl: bool,
     moving_rewards: bool,
+    own_answers: bool,
 ) -> list[Rule]:
     """The table as a run's options have it; ValueError on a name or a limit that it has no place for.
 
     `signed_kl`: the distance to the reference is estimated by k1, which noise may bring below zero. `moving_rewards`:
-    they are the scores of a critic that learns, and a fall of theirs says nothing of the policy.
+    they are the scores of a critic that learns, and a fall of theirs says nothing of the policy. `own_answers`: the
+    model learns from what it draws, and must keep drawing different things; one that is shown what to say need not.
     """
     for option, names in (("guards.ignore", ignore), ("guards.stop", stop), ("guards.limits", limits)):
         for name in names:
@@ -316,4 +318,5 @@ def chosen_rules(
     for name in stop:
         own[name]["action"] = Action.stop
     unwatched = {*ignore, *(("reward_fall", "zero_reward") if moving_rewards else ())}
+    unwatched |= set() if own_answers else {"entropy_collapse", "entropy_low"}
     return [replace(rule, **own[rule.name]) for rule in TABLE if rule.name not in unwatched]

@@ -2,6 +2,7 @@
 
 import csv
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -27,13 +28,15 @@ def read_curves(table: Path, figure: str) -> Curves:
     return curves
 
 
-def summary(table: Path, *, target: float = 0.95) -> str:
-    """A Markdown table, a line per case: held-out accuracy at the end, and the first evaluation at the target."""
-    rewards = read_curves(table, "reward")
-    lines = [
-        f"| case | seeds | steps to {target:.0%} | final accuracy, mean (lowest to highest) | final reward |",
-        "|---|---|---|---|---|",
-    ]
+def summary(table: Path, *, target: float = 0.95, more: Sequence[str] = ()) -> str:
+    """A Markdown table, a line per case: held-out accuracy at the end, and the first evaluation at the target.
+
+    `more` are further columns, of which the last values are shown.
+    """
+    rewards, others = read_curves(table, "reward"), [read_curves(table, column) for column in more]
+    titles = ["case", "seeds", f"steps to {target:.0%}", "final accuracy, mean (lowest to highest)", "final reward"]
+    titles += [f"final {column}" for column in more]
+    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     for case, curve in read_curves(table, "accuracy").items():
         last = max(curve)
         seeds = range(len(curve[last]))
@@ -41,17 +44,24 @@ def summary(table: Path, *, target: float = 0.95) -> str:
         reached = [step for step in first if step is not None]
         steps = f"{fmean(reached):.0f}" if len(reached) == len(first) else f"{len(reached)} of {len(first)} seeds"
         spread = f"{fmean(curve[last]):.1%} ({min(curve[last]):.1%} to {max(curve[last]):.1%})"
-        reward = fmean(rewards[case][max(rewards[case])])
-        lines.append(f"| {case} | {len(seeds)} | {steps} | {spread} | {reward:.3f} |")
+        finals = [f"{fmean(curves[case][max(curves[case])]):.3f}" for curves in (rewards, *others)]
+        lines.append(f"| {case} | {len(seeds)} | {steps} | {spread} | {' | '.join(finals)} |")
     return "\n".join(lines) + "\n"
 
 
-def plot_comparison(table: Path, out_png: Path, *, title: str) -> None:
-    """Training reward and held-out accuracy side by side: per case the mean over seeds, and the range of the seeds."""
-    figure = Figure(figsize=(10.5, 4.2), layout="constrained")
+def plot_comparison(table: Path, out_png: Path, *, title: str, more: Sequence[str] = ()) -> None:
+    """Training reward and held-out accuracy side by side: per case the mean over seeds, and the range of the seeds.
+
+    Below them the columns `more`, each on an axis of its own.
+    """
+    rows = 1 + (len(more) + 1) // 2
+    figure = Figure(figsize=(10.5, 0.6 + 3.6 * rows), layout="constrained")
     figure.suptitle(title, color=INK, fontsize=13, fontweight="bold")
-    panels = figure.subplots(1, 2, sharey=True)
-    for panel, column, name in zip(panels, ("reward", "accuracy"), ("training reward", "held-out accuracy")):
+    left = figure.add_subplot(rows, 2, 1)
+    panels = [left, figure.add_subplot(rows, 2, 2, sharey=left)]
+    panels += [figure.add_subplot(rows, 2, place) for place in range(3, 3 + len(more))]
+    names = ("training reward", "held-out accuracy", *more)
+    for panel, column, name in zip(panels, ("reward", "accuracy", *more), names):
         _draw(panel, read_curves(table, column))
         panel.set_title(name, color=INK, fontsize=11)
         panel.set_xlabel("step", color=INK)
@@ -59,7 +69,8 @@ def plot_comparison(table: Path, out_png: Path, *, title: str) -> None:
         panel.set_axisbelow(True)
         panel.spines[["top", "right"]].set_visible(False)
         panel.tick_params(colors=INK, length=3)
-    panels[1].legend(frameon=False, loc="lower right")
+    panels[1].tick_params(labelleft=False)
+    panels[1].legend(frameon=False, loc="best")
     figure.savefig(out_png, dpi=160, facecolor="white")
 
 

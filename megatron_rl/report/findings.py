@@ -58,6 +58,7 @@ def rules_of(run: RunData) -> list[Rule]:
         max_skipped_steps=guards.get("max_skipped_steps", RULES["skipped_in_a_row"].patience),
         signed_kl=config.get("kl", {}).get("estimator") == "k1",
         moving_rewards=config["trainer"] == "gad",
+        own_answers=config["trainer"] != "sft",
     )
 
 

@@ -37,6 +37,7 @@ LEARNING = Section(
         Panel("Distance to other policies", ("actor/kl_loss", "actor/ppo_kl", "actor/reward_kl_penalty")),
         Panel("Format", ("reward/format", "reward/format_mean")),
         Panel("Correct responses, silent groups", ("rollout/correct", "rollout/silent_groups")),
+        Panel("Answers kept, prompts with one", ("expert/kept_fraction", "expert/solved_prompts")),
         Panel("Critic loss", ("critic/d_loss", "critic/ranking_loss", "critic/vf_loss")),
         Panel("Value function", ("critic/vpred_mean", "critic/vf_explained_var", "critic/vf_clipfrac")),
     ),

@@ -21,11 +21,18 @@ from itertools import islice
 from typing import Any
 
 from megatron_rl.metrics.progress import tick
+from megatron_rl.rewards.warden import MAX_PROCESSES, OUT_OF_MEMORY, STOP, TOO_MANY_PROCESSES
 from megatron_rl.rewards.worker import HEADER, pack
 from megatron_rl.types import Prompt, Reward, Rollout, RolloutGroup
 
 _COMMAND = [sys.executable, "-m", "megatron_rl.rewards.worker"]
 _CHUNK = 1 << 16
+_GRACE_S = 15.0  # for a warden to end what the reward left
+
+_ENDINGS = {
+    OUT_OF_MEMORY: "memory",
+    TOO_MANY_PROCESSES: f"crashed: more than {MAX_PROCESSES} processes",
+}
 
 log = logging.getLogger(__name__)
 
@@ -33,9 +40,10 @@ log = logging.getLogger(__name__)
 class RewardPool:
     """Scores responses in `workers` subprocesses, each call within `deadline_s`.
 
-    A call that passes its deadline is killed, with every process of its process group, and its worker is replaced;
-    a crash likewise. The sample's reward is then NaN with a reason: "timeout", "crashed: ...",
-    "error: <Type>: <message>", "not finite" or "wrong type: ...". The deadline runs from when the worker has the job;
+    A call that passes its deadline is killed, with every process that it started, and its worker is replaced; so is one
+    that crashes, or asks for more than `memory_gb` (GiB of address space in each process). The sample's reward is then
+    NaN with a reason: "timeout", "memory", "crashed: ...", "error: <Type>: <message>", "not finite" or
+    "wrong type: ...". The deadline runs from when the worker has the job;
     a new worker has `start_deadline_s` to start Python and import the reward.
 
     Use as a context manager, and from one thread: the kernel kills the workers when the thread that started them ends.
@@ -48,6 +56,7 @@ class RewardPool:
         *,
         workers: int,
         deadline_s: float,
+        memory_gb: float | None = None,
         start_deadline_s: float = 60.0,
     ) -> None:
         if workers < 1:
@@ -55,8 +64,10 @@ class RewardPool:
         for field, seconds in (("deadline_s", deadline_s), ("start_deadline_s", start_deadline_s)):
             if not 0 < seconds < math.inf:
                 raise ValueError(f"{field}={seconds} must be a positive, finite number of seconds")
+        if memory_gb is not None and not 0 < memory_gb < math.inf:
+            raise ValueError(f"memory_gb={memory_gb} must be a positive, finite number of GiB, or null for no limit")
         self._reward = reward
-        self._hello = pack((reward, dict(options or {}), sys.path))
+        self._hello = pack((reward, dict(options or {}), sys.path, memory_gb))
         self._deadline_s = deadline_s
         self._start_deadline_s = start_deadline_s
         self._selector = selectors.DefaultSelector()
@@ -79,7 +90,7 @@ class RewardPool:
     def close(self) -> None:
         """Kill and reap every worker."""
         while self._workers:
-            self._workers.pop().kill()
+            self._workers.pop().kill(now=True)
         self._selector.close()
 
     def score(self, pairs: Sequence[tuple[Prompt, Rollout]]) -> list[Reward]:
@@ -146,17 +157,17 @@ class RewardPool:
     def _replace(self, worker: "_Worker", late: bool = False) -> dict[int, Reward]:
         """Kill `worker` and start a fresh one; the reward of the job it held, if it held one."""
         self._workers.remove(worker)
-        ending = worker.kill()
+        ending = worker.kill(now=late)
         if not worker.ready:
-            what = f"was not ready within start_deadline_s={self._start_deadline_s}" if late else f"ended with {ending}"
+            what = f"was not ready within start_deadline_s={self._start_deadline_s}" if late else f"ended: {ending}"
             raise ValueError(
                 f"the reward {self._reward!r} cannot start: its worker {what}; look at what the module does"
             )
         self._start_worker()
         if worker.place is None:
-            log.warning("an idle reward worker ended with %s and was replaced", ending)
+            log.warning("an idle reward worker ended (%s) and was replaced", ending)
             return {}
-        return {worker.place: Reward(value=math.nan, reason="timeout" if late else f"crashed: {ending}")}
+        return {worker.place: Reward(value=math.nan, reason="timeout" if late else ending)}
 
     def _start_worker(self) -> None:
         worker = _Worker(self._selector)
@@ -232,19 +243,23 @@ class _Worker:
             del self._received[:end]
         return messages
 
-    def kill(self) -> str:
-        """Kill the process and all of its group, reap it, and say how it ended."""
+    def kill(self, *, now: bool) -> str:
+        """Let the warden end the worker now, or as the worker has ended by itself; reap it, and name the ending."""
         for pipe in (self.requests, self._replies):
             with contextlib.suppress(KeyError):  # requests are watched only while the pipe is full
                 self._selector.unregister(pipe)
-        # Before we wait: the group's id cannot pass to another while a process of it, or its zombie, is left.
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # no more than a zombie is left
+        if now:
+            self._process.send_signal(STOP)
+        try:
+            code = self._process.wait(_GRACE_S)
+        except subprocess.TimeoutExpired:
+            # Before we reap it: the group's id cannot pass to another while a process of it, or its zombie, is left.
             os.killpg(self._process.pid, signal.SIGKILL)
-        code = self._process.wait()
+            code = self._process.wait()
         for stream in (self._process.stdin, self._process.stdout):
             assert stream is not None
             stream.close()
-        return f"signal {-code}" if code < 0 else f"exit code {code}"
+        return _ENDINGS.get(code, f"crashed: signal {-code}" if code < 0 else f"crashed: exit code {code}")
 
 
 def score_groups(pool: RewardPool, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:

@@ -1,17 +1,17 @@
 """A reward worker: `python -m megatron_rl.rewards.worker`, started by `RewardPool` and speaking to it over pipes.
 
-It reads (reward name, options, import path), answers None or (what failed, traceback), and then answers each
-(prompt, rollout) with a `Reward`. A message is an 8-byte length and a pickle.
+It reads (reward name, options, import path, memory limit), answers None or (what failed, traceback), and then answers
+each (prompt, rollout) with a `Reward`. A message is an 8-byte length and a pickle.
 
 Pickles pass between the trainer and the child that it started, over two anonymous pipes that no other process has an
 end of. The reward itself is the user's code with the user's rights; what it prints goes to stderr and is never read.
 """
 
-import ctypes
 import inspect
 import math
 import os
 import pickle
+import resource
 import signal
 import struct
 import sys
@@ -22,10 +22,11 @@ from numbers import Real
 from typing import Any, BinaryIO
 
 from megatron_rl.rewards import resolve
+from megatron_rl.rewards.warden import OUT_OF_MEMORY, fork_under_warden
 from megatron_rl.types import Reward
 
 HEADER = struct.Struct("<Q")
-_PR_SET_PDEATHSIG = 1
+_GIB = 1 << 30
 _TYPES: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
 
 
@@ -37,13 +38,15 @@ def pack(message: object) -> bytes:
 
 def main() -> None:
     """Serve one pool until it closes the pipe."""
-    die_with_parent()
+    fork_under_warden()
     outlast_signals()
     requests, replies = _claim_pipes()
     if (hello := _read(requests)) is None:
         return
     try:
-        judge = load_reward(*hello)
+        *what, memory_gb = hello
+        limit_memory(memory_gb)
+        judge = load_reward(*what)
     except Exception as error:
         _write(replies, (f"{type(error).__name__}: {error}", traceback.format_exc()))
         return
@@ -52,18 +55,15 @@ def main() -> None:
     while (job := _read(requests)) is not None:
         try:
             reward = _as_reward(judge(*job))
+        except MemoryError:
+            # What was half done when it struck (a library's cache, say) would judge the next samples: start afresh.
+            os._exit(OUT_OF_MEMORY)
         except Exception as error:
             reward = _failed(f"error: {type(error).__name__}: {str(error)[:500]}")
             if type(error) not in shown:  # the reason has no line number, but one traceback of a kind is enough
                 shown.add(type(error))
                 traceback.print_exc()
         _write(replies, reward)
-
-
-def die_with_parent() -> None:
-    """Let the kernel kill this process when its parent dies, even by SIGKILL and in the middle of a call."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def outlast_signals() -> None:
@@ -74,6 +74,13 @@ def outlast_signals() -> None:
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda *_: None)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def limit_memory(memory_gb: float | None) -> None:
+    """Let the kernel refuse this process, and each that it starts, more address space than this; None: no limit."""
+    if memory_gb is not None:
+        limit = int(memory_gb * _GIB)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def _claim_pipes() -> tuple[BinaryIO, BinaryIO]:

@@ -8,7 +8,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LogitsProcessor,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+)
 
 from megatron_rl.metrics.progress import tick
 from megatron_rl.models.hf_config import load_config
@@ -17,6 +23,7 @@ from megatron_rl.parallel.device import device
 from megatron_rl.rollout.checksum import checksum
 from megatron_rl.rollout.engine import Sampling
 from megatron_rl.rollout.sampling import draw, sampling_log_probs, uniforms
+from megatron_rl.rollout.stop_texts import StopTexts
 from megatron_rl.types import Prompt, Rollout, RolloutGroup
 
 
@@ -114,12 +121,17 @@ class HFEngine:
             ids = prompts[place].token_ids
             tokens[row, width - len(ids) :] = torch.tensor(ids)
             mask[row, width - len(ids) :] = 1
-        keyed = [uniforms(sampling.seed, (*sampling.stream, *job), sampling.max_new_tokens) for job in jobs]
+        keyed = [
+            uniforms(sampling.seed, (*sampling.stream, sampling.first + place, sample), sampling.max_new_tokens)
+            for place, sample in jobs
+        ]
         sampler = KeyedSampler(sampling, torch.from_numpy(np.stack(keyed)).to(device()))
+        ending = StopTexts(sampling.stop, self.decode, stop=self.stop, width=width, rows=len(jobs))
         output = self.model.generate(
             input_ids=tokens.to(device()),
             attention_mask=mask.to(device()),
             logits_processor=[sampler],
+            stopping_criteria=StoppingCriteriaList([ending] if sampling.stop else []),
             generation_config=GenerationConfig(
                 do_sample=False,
                 max_new_tokens=sampling.max_new_tokens,
@@ -132,12 +144,19 @@ class HFEngine:
         log_kept = torch.stack(sampler.log_kept, dim=1).cpu()
         return [
             self._rollout(prompts[place].index, sample, *rows)
-            for (place, sample), *rows in zip(jobs, drawn.tolist(), log_probs.tolist(), log_kept.tolist())
+            for (place, sample), *rows in zip(jobs, drawn.tolist(), log_probs.tolist(), log_kept.tolist(), ending.ends)
         ]
 
     def _rollout(
-        self, prompt_index: int, sample: int, tokens: list[int], log_probs: list[float], log_kept: list[float]
+        self,
+        prompt_index: int,
+        sample: int,
+        tokens: list[int],
+        log_probs: list[float],
+        log_kept: list[float],
+        end_of_text: int | None,
     ) -> Rollout:
+        tokens = tokens[:end_of_text]
         end = next((place for place, token in enumerate(tokens) if token in self.stop), None)
         length = len(tokens) if end is None else end + 1
         return Rollout(
@@ -147,7 +166,7 @@ class HFEngine:
             text=self.decode(tokens[: length if end is None else end]),
             log_probs=tuple(log_probs[:length]),
             log_kept_mass=tuple(log_kept[:length]),
-            finish_reason="length" if end is None else "stop",
+            finish_reason="length" if end is None and end_of_text is None else "stop",
             policy_version=self.version,
         )
 

@@ -11,14 +11,14 @@ Example = tuple[Sequence[int], Sequence[int]]  # token ids of a prompt and of it
 
 
 def audit_rollouts(
-    groups: Sequence[RolloutGroup], samples: Sequence[Sample], stop: Collection[int]
+    groups: Sequence[RolloutGroup], samples: Sequence[Sample], stop: Collection[int], texts: Collection[str] = ()
 ) -> dict[str, float]:
-    """Of a rollout batch and the samples made of it, masks final. `stop` are the ids that end a response."""
+    """Of a rollout batch and the samples made of it, masks final. `stop` ids and `texts` end a response."""
     pairs = [(group, rollout) for group in groups for rollout in group.rollouts]
     examples = [(group.prompt.token_ids, rollout.token_ids) for group, rollout in pairs]
     figures = audit_samples(examples, samples)
     figures["audit/token_mismatch"] += sum(len(r.log_probs) != len(r.token_ids) for _, r in pairs)
-    return figures | {"audit/finish_mismatch": float(sum(not _ends_as_it_says(r, stop) for _, r in pairs))}
+    return figures | {"audit/finish_mismatch": float(sum(not _ends_as_it_says(r, stop, texts) for _, r in pairs))}
 
 
 def audit_samples(examples: Sequence[Example], samples: Sequence[Sample]) -> dict[str, float]:
@@ -36,7 +36,9 @@ def audit_padding(tokenizer: PreTrainedTokenizerBase, stop: Collection[int]) -> 
     return {"audit/pad_is_eos": float(tokenizer.pad_token_id in stop)}
 
 
-def _ends_as_it_says(rollout: Rollout, stop: Collection[int]) -> bool:
-    """A stopped response has one stop token, the last; one that was cut off has none."""
+def _ends_as_it_says(rollout: Rollout, stop: Collection[int], texts: Collection[str]) -> bool:
+    """A stopped response has one stop token, the last, or a stop text and no such token; one cut off has neither."""
     places = [place for place, token in enumerate(rollout.token_ids) if token in stop]
-    return places == ([len(rollout.token_ids) - 1] if rollout.finish_reason == "stop" else [])
+    by_text = any(text in rollout.text for text in texts)
+    by_token = not by_text and rollout.finish_reason == "stop"
+    return places == ([len(rollout.token_ids) - 1] if by_token else []) and by_text <= (rollout.finish_reason == "stop")

@@ -5,14 +5,14 @@ from pathlib import Path
 
 from megatron_rl.checkpoint.store import read_state
 from megatron_rl.config.rules import Config
-from megatron_rl.config.schema import GrpoConfig, SftConfig
+from megatron_rl.config.schema import GrpoConfig, LikelihoodConfig
 from megatron_rl.config.sdpo import TeacherMode
 from megatron_rl.parallel.mesh import Mesh
 from megatron_rl.workers.average import EmptyModel, WeightAverage, decay_of
 from megatron_rl.workers.model_worker import ModelWorker, StepResult
 
 
-def kept_average(config: SftConfig | GrpoConfig, actor: ModelWorker) -> WeightAverage | None:
+def kept_average(config: LikelihoodConfig | GrpoConfig, actor: ModelWorker) -> WeightAverage | None:
     """The actor's average, where one is kept."""
     options = config.average
     return WeightAverage(actor, decay_of(options), offload=options.offload) if options.enabled else None

@@ -78,7 +78,8 @@ class GadTrainer:
             judged = self._judge(groups, [response for _, response in examples])
             groups, score_figures = self._rewarded(groups, judged)
         samples = to_samples(groups, drop_truncated=bool(config.algorithm.drop_truncated))
-        figures |= audit_rollouts(groups, samples, parts.stop) | audit_padding(parts.tokenizer, parts.stop)
+        figures |= audit_rollouts(groups, samples, parts.stop, config.rollout.stop)
+        figures |= audit_padding(parts.tokenizer, parts.stop)
         values = torch.zeros(len(samples), dtype=torch.float64)
         histograms: dict[str, list[float]] = {}
         if step <= options.sft_steps:
@@ -143,7 +144,7 @@ class GadTrainer:
         """One supervised update on the teacher's responses."""
         samples = weighed(judged.teachers, "token-mean")
         plan = self.actor.plan(samples, self.config.train.max_tokens_per_micro_batch)
-        metrics = self.actor.forward_backward(samples, plan, NegativeLogLikelihood())
+        metrics = self.actor.forward_backward(samples, plan, NegativeLogLikelihood(entropy=False))
         return results(update_metrics("actor", metrics, self.actor.step()))
 
     def tell_apart(self, answers: Sequence[RolloutGroup]) -> dict[str, float]:

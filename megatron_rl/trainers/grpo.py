@@ -45,7 +45,8 @@ class GrpoTrainer:
         greedy = greedy_rewards(config, self.parts, groups, timer)
         samples = to_samples(groups, drop_truncated=bool(config.algorithm.drop_truncated))
         samples, policy_figures = self.policies.compare(groups, samples, step, timer)
-        audit = audit_rollouts(groups, samples, self.parts.stop) | audit_padding(self.parts.tokenizer, self.parts.stop)
+        audit = audit_rollouts(groups, samples, self.parts.stop, config.rollout.stop)
+        audit |= audit_padding(self.parts.tokenizer, self.parts.stop)
         with timer("adv"):
             rewards, reward_figures = shaped_rewards(config, groups, samples)
             samples, values = with_advantages(config.algorithm, groups, samples, rewards, greedy)

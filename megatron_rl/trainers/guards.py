@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_rl.config.rules import Config
-from megatron_rl.config.schema import GadConfig, KLEstimator, PolicyGradientConfig
+from megatron_rl.config.schema import GadConfig, KLEstimator, PolicyGradientConfig, RolloutTrainerConfig
 from megatron_rl.metrics.rules import Action, Rule, chosen_rules
 from megatron_rl.metrics.watch import Alarm, Watch
 from megatron_rl.metrics.writer import drop_from
@@ -33,6 +33,7 @@ def rules_of(config: Config) -> list[Rule]:
         max_skipped_steps=guards.max_skipped_steps,
         signed_kl=isinstance(config, PolicyGradientConfig) and config.kl.estimator is KLEstimator.k1,
         moving_rewards=isinstance(config, GadConfig),
+        own_answers=isinstance(config, RolloutTrainerConfig),
     )
 
 

@@ -13,13 +13,14 @@ from megatron_rl.config.schema import (
     Loss,
     PolicyConfig,
     PolicyGradientConfig,
+    RolloutTrainerConfig,
 )
 from megatron_rl.workers.objective import PolicyGradient
 from megatron_rl.workers.smoothing import Smoother
 
 
-def updates_per_step(config: PolicyConfig) -> int:
-    """Optimizer steps that one rollout batch is used for."""
+def updates_per_step(config: RolloutTrainerConfig) -> int:
+    """Optimizer steps that one rollout batch is used for, at most."""
     return config.train.mini_batches_per_step * config.train.epochs_per_step
 
 

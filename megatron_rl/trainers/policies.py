@@ -2,14 +2,12 @@
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from megatron_rl.config.schema import PolicyConfig
 from megatron_rl.data.planner import StepPlan
 from megatron_rl.data.samples import Sample
 from megatron_rl.metrics.timing import Timer
-from megatron_rl.rollout.sync import check_parity, parity_gap
 from megatron_rl.trainers.correction import correct, is_corrected, with_rollout_log_probs
+from megatron_rl.trainers.parity import ParityProbe
 from megatron_rl.types import RolloutGroup
 from megatron_rl.workers.model_worker import ModelWorker
 from megatron_rl.workers.sharded_model import ShardedModel
@@ -24,7 +22,7 @@ class Policies:
         self.config, self.actor, self.reference = config, actor, reference
         correction = config.rollout_correction
         self.needs_old = not correction.bypass and (needs_old or is_corrected(correction))
-        self.probed = False
+        self.parity = ParityProbe(config, actor)
 
     def compare(
         self, groups: Sequence[RolloutGroup], samples: list[Sample], step: int, timer: Timer
@@ -32,15 +30,13 @@ class Policies:
         """Log-probabilities of the policies that the loss compares with, and the correction between them."""
         config, temperature = self.config, self.config.rollout.temperature
         metrics: dict[str, float] = {}
-        probe = self._is_probe(step)
+        probe = self.parity.asks(step)
         if probe or self.needs_old:
             with timer("old_log_prob"):
                 log_probs = self.actor.log_probs(samples, self._plan(samples), temperature)
             samples = [sample.with_loss_field("old_log_probs", log_probs[sample.id]) for sample in samples]
             if probe:
-                gaps = self._check_parity(groups, log_probs)
-                # The probe of a continued run is not in the uninterrupted one's log.
-                metrics |= gaps if self._is_due(step) else {}
+                metrics |= self.parity.check(groups, log_probs, step)
         if self.reference is not None:
             with timer("ref"):
                 log_probs = self.reference.log_probs(samples, self._plan(samples), temperature)
@@ -55,22 +51,3 @@ class Policies:
 
     def _plan(self, samples: Sequence[Sample]) -> StepPlan:
         return self.actor.plan(samples, self.config.train.max_tokens_per_micro_batch)
-
-    def _is_probe(self, step: int) -> bool:
-        """After the first weight update of this process, and every so many steps."""
-        due = not self.probed or self._is_due(step)
-        self.probed = True
-        return due
-
-    def _is_due(self, step: int) -> bool:
-        every = self.config.rollout.parity_every
-        return step == 1 or (every > 0 and step % every == 0)
-
-    def _check_parity(self, groups: Sequence[RolloutGroup], log_probs: dict[int, Tensor]) -> dict[str, float]:
-        rollouts = [rollout for group in groups for rollout in group.rollouts]
-        largest, mean = parity_gap(rollouts, log_probs)
-        tolerance = self.config.rollout.parity_tolerance
-        assert tolerance is not None
-        if "parity" not in self.config.guards.ignore:
-            check_parity(largest, mean, tolerance, self.actor.version)
-        return {"rollout/log_prob_gap_max": largest, "rollout/log_prob_gap_mean": mean}

@@ -51,7 +51,7 @@ class PpoTrainer:
         groups, batch_figures = rollout_batch(config, self.parts, self.source, step, timer)
         samples = to_samples(groups, drop_truncated=bool(config.algorithm.drop_truncated))
         samples, policy_figures = self.policies.compare(groups, samples, step, timer)
-        figures |= audit_rollouts(groups, samples, self.parts.stop)
+        figures |= audit_rollouts(groups, samples, self.parts.stop, config.rollout.stop)
         figures |= audit_padding(self.parts.tokenizer, self.parts.stop)
         with timer("values"):
             values = critic.values(samples, critic.plan(samples, config.train.max_tokens_per_micro_batch))

@@ -30,6 +30,7 @@ FREE = (
     "model.weights",
     "parallel.",
     "reward.deadline_s",
+    "reward.memory_gb",
     "reward.workers",
     "rollout.max_sequences",
     "rollout.parity_",

@@ -19,8 +19,8 @@ def summary(name: str, values: Sequence[float]) -> dict[str, float]:
     return {f"{name}/mean": fmean(values), f"{name}/max": max(values), f"{name}/min": min(values)}
 
 
-def rollout_metrics(groups: Sequence[RolloutGroup], advantages: Tensor) -> dict[str, float]:
-    """Rewards and their parts, failures by kind, lengths, advantages."""
+def rollout_metrics(groups: Sequence[RolloutGroup], advantages: Tensor | None = None) -> dict[str, float]:
+    """Rewards and their parts, failures by kind, lengths; advantages, where answers are compared."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     rewards = [reward for group in groups for reward in group.rewards]
     judged = [reward for reward in rewards if reward.reason is None]
@@ -30,7 +30,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup], advantages: Tensor) -> dict[
     tokens = sum(lengths) + sum(len(group.prompt.token_ids) * len(group.rollouts) for group in groups)
     figures = {
         **summary("critic/score", [reward.value for reward in judged]),
-        **summary("critic/advantages", advantages.tolist()),
+        **summary("critic/advantages", [] if advantages is None else advantages.tolist()),
         **{f"reward/{name}": fmean(r.parts[name] for r in judged if name in r.parts) for name in parts},
         **{f"reward/failed/{kind}": float(count) for kind, count in sorted(failures.items())},
         "reward/failed": float(len(rewards) - len(judged)),
@@ -69,10 +69,10 @@ def sample_records(groups: Sequence[RolloutGroup], samples: Sequence[Sample]) ->
     ]
 
 
-def rollout_histograms(groups: Sequence[RolloutGroup], advantages: Tensor) -> dict[str, list[float]]:
+def rollout_histograms(groups: Sequence[RolloutGroup], advantages: Tensor | None = None) -> dict[str, list[float]]:
     """What is worth seeing as a distribution."""
-    return {
+    histograms = {
         "response_length": [float(len(rollout.token_ids)) for group in groups for rollout in group.rollouts],
         "critic/score": [r.value for group in groups for r in group.rewards if r.reason is None],
-        "critic/advantages": advantages.tolist(),
     }
+    return histograms if advantages is None else histograms | {"critic/advantages": advantages.tolist()}

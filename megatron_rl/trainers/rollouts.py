@@ -6,14 +6,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from megatron_rl.config.schema import Advantage, PolicyConfig
+from megatron_rl.config.schema import Advantage, PolicyConfig, RolloutTrainerConfig
 from megatron_rl.data.samples import Sample, from_example
 from megatron_rl.data.sources import PromptSource
 from megatron_rl.metrics.timing import Timer
 from megatron_rl.rollout.engine import Sampling
 from megatron_rl.trainers.evaluate import TRAINING
 from megatron_rl.trainers.parts import Parts, score
-from megatron_rl.types import RolloutGroup
+from megatron_rl.types import Prompt, RolloutGroup
 
 
 def is_silent(group: RolloutGroup) -> bool:
@@ -37,6 +37,14 @@ def refill(draw: Callable[[int], Sequence[RolloutGroup]], size: int, most: int) 
     return (telling + silent)[:size], calls
 
 
+def answer(parts: Parts, prompts: Sequence[Prompt], sampling: Sampling, timer: Timer) -> list[RolloutGroup]:
+    """Scored answers to the prompts. Collective."""
+    with timer("gen"):
+        groups = parts.engine.generate(prompts, sampling)
+    with timer("reward"):
+        return score(parts.pool, groups)
+
+
 def rollout_batch(
     config: PolicyConfig, parts: Parts, source: PromptSource, step: int, timer: Timer
 ) -> tuple[list[RolloutGroup], dict[str, float]]:
@@ -46,10 +54,7 @@ def rollout_batch(
     drawn: list[RolloutGroup] = []
 
     def draw(number: int) -> list[RolloutGroup]:
-        with timer("gen"):
-            groups = parts.engine.generate(source.next(size), sampling(config, step, number))
-        with timer("reward"):
-            groups = score(parts.pool, groups)
+        groups = answer(parts, source.next(size), sampling(config, step, number), timer)
         drawn.extend(groups)
         return groups
 
@@ -65,15 +70,12 @@ def greedy_rewards(config: PolicyConfig, parts: Parts, groups: Sequence[RolloutG
     if config.algorithm.advantage is not Advantage.remax:
         return None
     once = replace(sampling(config, 0, 0), group_size=1, temperature=0.0)
-    with timer("gen"):
-        answers = parts.engine.generate([group.prompt for group in groups], once)
-    with timer("reward"):
-        answers = score(parts.pool, answers)
+    answers = answer(parts, [group.prompt for group in groups], once, timer)
     values = [answer.rewards[0].value for answer, group in zip(answers, groups) for _ in group.rewards]
     return torch.tensor(values, dtype=torch.float64)
 
 
-def sampling(config: PolicyConfig, step: int, number: int) -> Sampling:
+def sampling(config: RolloutTrainerConfig, step: int, number: int) -> Sampling:
     """How the `number`-th batch of a step is drawn: each has random numbers of its own."""
     rollout = config.rollout
     return Sampling(
@@ -82,6 +84,7 @@ def sampling(config: PolicyConfig, step: int, number: int) -> Sampling:
         temperature=rollout.temperature,
         top_p=rollout.top_p,
         top_k=rollout.top_k,
+        stop=tuple(rollout.stop),
         seed=config.train.seed,
         stream=(TRAINING, step, number) if number else (TRAINING, step),
     )

@@ -13,19 +13,20 @@ from megatron_rl.checkpoint.hf import write_model
 from megatron_rl.checkpoint.store import Role
 from megatron_rl.config.load import as_dict, save_config
 from megatron_rl.config.rules import Config
-from megatron_rl.config.schema import GadConfig, GrpoConfig, PpoConfig, SdpoConfig, SftConfig
+from megatron_rl.config.schema import ExpertIterationConfig, GadConfig, GrpoConfig, PpoConfig, SdpoConfig, SftConfig
 from megatron_rl.metrics.progress import NOTES, bytes_in, progress
 from megatron_rl.metrics.timing import Timer
 from megatron_rl.metrics.types import StepLog
 from megatron_rl.metrics.writer import Writer
-from megatron_rl.parallel.collect import any_rank
+from megatron_rl.parallel.collect import any_rank, from_first_rank
 from megatron_rl.parallel.mesh import Mesh, create_mesh, destroy_mesh
 from megatron_rl.parallel.stop import StopRequest
 from megatron_rl.parallel.watchdog import watch
 from megatron_rl.report.curves import has_curve, plot_learning_curve
-from megatron_rl.trainers import gad, grpo, ppo, sdpo, sft
+from megatron_rl.trainers import expert_iteration, gad, grpo, ppo, sdpo, sft
 from megatron_rl.trainers.average import AveragedModel
 from megatron_rl.trainers.banner import banner
+from megatron_rl.trainers.best import WEIGHTS, Best
 from megatron_rl.trainers.critic import CriticTrainerConfig, classifier_config, critic_model
 from megatron_rl.trainers.data import held_out_prompts
 from megatron_rl.trainers.evaluate import Evaluator
@@ -64,6 +65,8 @@ def build(config: Config, mesh: Mesh) -> Trainer:
     """The trainer that the config names."""
     if isinstance(config, SftConfig):
         return sft.build(config, mesh)
+    if isinstance(config, ExpertIterationConfig):
+        return expert_iteration.build(config, mesh)
     if isinstance(config, SdpoConfig):
         return sdpo.build(config, mesh)
     if isinstance(config, GadConfig):
@@ -101,6 +104,7 @@ class Run:
             self.evaluator = Evaluator(trainer.parts, held_out.all())
         self.averaged = None if trainer.average is None else AveragedModel(config, mesh, trainer.average)
         self.guards = Guards(config)
+        self.best = Best(config.checkpoint.best, self.directory)
         self.timer = Timer()
         self.writer: Writer | None = None
         self.differences: list[str] = []
@@ -163,7 +167,7 @@ class Run:
             self._save(step)
 
     def _save(self, step: int) -> None:
-        state = {"state": self.trainer.state(), "guards": self.guards.state_dict()}
+        state = {"state": self.trainer.state(), "guards": self.guards.state_dict(), "best": self.best.state_dict()}
         with self._writing(self.store.directory, "save_checkpoint"):
             self.store.save(step, self.trainer.roles(), {**origin(self.config), **state})
         self.saved = step
@@ -203,6 +207,7 @@ class Run:
             self.differences.append(f"average: none in {path}, starts from the weights there")
         self.trainer.load_state(state["state"])
         self.guards.load_state_dict(state["guards"])
+        self.differences += self.best.load_state_dict(state.get("best"), path.parents[1])
         return int(state["step"])
 
     def _evaluate(self, step: int) -> dict[str, float]:
@@ -215,6 +220,9 @@ class Run:
                 metrics |= self.evaluator(step, self.averaged.now(), name="val_average", version=version)[0]
             if isinstance(self.trainer, gad.GadTrainer):
                 metrics |= self.trainer.tell_apart(answers)
+        if from_first_rank(self.best.is_beaten_by(metrics)):
+            self._export(self.trainer.actor, WEIGHTS)
+            self.best.note(step, metrics)
         seconds = self.timer.metrics()
         self.timer.reset()
         if self.writer is not None:

@@ -10,7 +10,6 @@ from megatron_rl.algorithms.distill import pass_rate_weights
 from megatron_rl.checkpoint.store import Role
 from megatron_rl.config.schema import SdpoConfig
 from megatron_rl.config.sdpo import DistillLoss, SuccessWeighting, TeacherMode
-from megatron_rl.data.chat import encode_prompt
 from megatron_rl.data.reprompt import RepromptOptions, teacher_contexts
 from megatron_rl.data.samples import Sample, weighed, weighed_targets
 from megatron_rl.data.sources import PromptSource
@@ -19,7 +18,7 @@ from megatron_rl.metrics.types import Metrics, StepLog, Sum, merge
 from megatron_rl.parallel.mesh import Mesh
 from megatron_rl.trainers.audit import audit_padding, audit_rollouts
 from megatron_rl.trainers.correction import is_corrected
-from megatron_rl.trainers.data import train_prompts
+from megatron_rl.trainers.data import prompt_encoder, train_prompts
 from megatron_rl.trainers.objectives import is_on_policy, policy_gradient, updates_per_step
 from megatron_rl.trainers.parts import Parts
 from megatron_rl.trainers.policies import Policies
@@ -66,6 +65,7 @@ class SdpoTrainer:
         needs_old = not self.on_policy and (self.blends or config.distill.is_clip is not None)
         self.policies = Policies(config, actor, None, needs_old=needs_old)
         self.options = reprompt_options(config)
+        self.encoder = prompt_encoder(config.data, parts.tokenizer)
 
     def step(self, step: int, timer: Timer) -> StepLog:
         config, parts = self.config, self.parts
@@ -74,9 +74,8 @@ class SdpoTrainer:
         groups, batch_figures = rollout_batch(config, parts, self.source, step, timer)
         greedy = greedy_rewards(config, parts, groups, timer)
         samples = to_samples(groups, drop_truncated=bool(config.algorithm.drop_truncated))
-        figures |= (
-            batch_figures | audit_rollouts(groups, samples, parts.stop) | audit_padding(parts.tokenizer, parts.stop)
-        )
+        figures |= batch_figures | audit_rollouts(groups, samples, parts.stop, config.rollout.stop)
+        figures |= audit_padding(parts.tokenizer, parts.stop)
         samples, policy_figures = self.policies.compare(groups, samples, step, timer)
         with timer("adv"):
             rewards, reward_figures = shaped_rewards(config, groups, samples)
@@ -99,7 +98,7 @@ class SdpoTrainer:
         key = self.config.data.prompt_key
 
         def encode(value: Any) -> tuple[int, ...]:
-            return encode_prompt(self.parts.tokenizer, value, chat=self.config.data.chat.value)[1]
+            return self.encoder.encode(value)[1]
 
         values = [group.prompt.row[key] for group in groups]
         contexts, metrics = teacher_contexts(

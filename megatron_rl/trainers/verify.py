@@ -19,12 +19,13 @@ from megatron_rl.config.rules import Config
 from megatron_rl.config.schema import (
     RANDOM,
     GadConfig,
+    LikelihoodConfig,
     ModelConfig,
     OptimConfig,
+    PolicyConfig,
     PolicyGradientConfig,
     PpoConfig,
     SdpoConfig,
-    SftConfig,
 )
 from megatron_rl.config.sdpo import TeacherMode
 from megatron_rl.data.planner import StepPlan
@@ -33,6 +34,7 @@ from megatron_rl.models.hf_config import load_config, load_shape
 from megatron_rl.parallel.collect import any_rank
 from megatron_rl.parallel.device import device
 from megatron_rl.parallel.mesh import Mesh, create_mesh, destroy_mesh, join_world
+from megatron_rl.trainers.likelihood import weighed_by
 from megatron_rl.trainers.objectives import policy_objective
 from megatron_rl.trainers.sdpo import distillation, with_weights
 from megatron_rl.workers.critic import CriticWorker, Reading, ValueRegression, WeighedValues
@@ -117,7 +119,7 @@ def objective_of(config: Config, worker: ModelWorker) -> Objective:
 
     A teacher's hidden states are drawn at random by sample; its head is the worker's own.
     """
-    if isinstance(config, SftConfig):
+    if isinstance(config, LikelihoodConfig):
         return NegativeLogLikelihood()
     if isinstance(config, SdpoConfig):
         targets, other = (
@@ -173,8 +175,9 @@ def make_samples(config: Config, objective: Objective) -> list[Sample]:
             elif name not in ("weights", "distill_weights"):
                 sample = sample.with_field(name, -4.6 + 0.3 * torch.randn(sample.response_length, generator=draw))
         samples.append(sample)
-    if isinstance(config, SftConfig):
-        return weighed(samples, "token-mean")
+    if isinstance(config, LikelihoodConfig):
+        return weighed_by(config, samples)
+    assert isinstance(config, PolicyConfig)
     if isinstance(config, SdpoConfig):
         return with_weights(config, samples, [None if sample.id % 3 == 0 else 1 + sample.id for sample in samples])
     aggregation = "token-mean" if isinstance(objective, ValueRegression) else str(config.algorithm.aggregation)
@@ -203,7 +206,7 @@ def gradient(config: Config, directory: str, cut: Cut, *, critic: bool = False) 
 def _loss_name(config: Config, *, critic: bool) -> str:
     if critic:
         return "critic/vf_loss" if isinstance(config, PpoConfig) else "critic/weighed_values"
-    return "sft/loss" if isinstance(config, SftConfig) else "actor/loss"
+    return "sft/loss" if isinstance(config, LikelihoodConfig) else "actor/loss"
 
 
 def _policy(config: Config, model: ModelConfig, mesh: Mesh) -> tuple[ModelWorker, Any]:

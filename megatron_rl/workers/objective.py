@@ -106,14 +106,18 @@ def token_mean(values: Tensor) -> Mean:
 
 @dataclass(frozen=True, slots=True)
 class NegativeLogLikelihood:
-    """Supervised fine-tuning: -sum_t w_t log pi(y_t)."""
+    """Supervised fine-tuning: -sum_t w_t log pi(y_t). The entropy is measured beside it, and has no gradient."""
 
     field_names: tuple[str, ...] = ("weights",)
+    entropy: bool = True
 
     def __call__(self, tokens: LossTokens) -> Outcome:
-        stats = tokens.stats(temperature=1.0, entropy=False)
+        stats = tokens.stats(temperature=1.0, entropy=self.entropy)
         loss = -(tokens.batch.fields["weights"] * stats.logp).sum()
-        return Outcome(loss, {"sft/loss": Sum(float(loss.detach())), "sft/nll": token_mean(-stats.logp)})
+        metrics: Metrics = {"sft/loss": Sum(float(loss.detach())), "sft/nll": token_mean(-stats.logp)}
+        if stats.entropy is not None:
+            metrics["actor/entropy"] = token_mean(stats.entropy)
+        return Outcome(loss, metrics)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

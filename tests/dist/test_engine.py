@@ -78,6 +78,30 @@ def test_same_responses_everywhere(pool: Pool, model: str, changes: dict) -> Non
             assert other_gap[0] < 1e-4
 
 
+def test_stop_texts_end_responses_whatever_shares_their_batch(pool: Pool, model: str) -> None:
+    """At the first token after which the text holds one; up to there nothing changes, and no end token follows."""
+    whole, _ = pool.run(answers, 1, model, {}, 64, {})[0]
+    words = whole[2].rollouts[1].text.split()
+    # One spans two tokens and ends inside the second, one is half a token.
+    texts = (f"{words[1]} {words[2][:2]}", whole[4].rollouts[0].text.split()[3][:-1])
+    (stopped, _), (alone, _) = (pool.run(answers, 1, model, {}, size, {"stop": texts})[0] for size in (64, 1))
+    ends = set()
+    for group, expected, single in zip(stopped, whole, alone, strict=True):
+        assert [r.token_ids for r in single.rollouts] == [r.token_ids for r in group.rollouts]
+        for rollout, before in zip(group.rollouts, expected.rollouts, strict=True):
+            count = len(rollout.token_ids)
+            by_text = any(text in rollout.text for text in texts)
+            assert rollout.token_ids == before.token_ids[:count]
+            assert rollout.log_probs == pytest.approx(before.log_probs[:count], abs=1e-4)
+            if by_text:
+                assert rollout.finish_reason == "stop" and rollout.token_ids[-1] not in (2, 3)
+                assert not any(text in " ".join(rollout.text.split()[:-1]) for text in texts)
+            else:
+                assert (count, rollout.finish_reason) == (len(before.token_ids), before.finish_reason)
+            ends.add((rollout.finish_reason, by_text, count == len(before.token_ids)))
+    assert {("stop", True, False), ("length", False, True), ("stop", False, True)} <= ends
+
+
 def test_greedy_is_transformers_greedy(pool: Pool, model: str) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -38,6 +38,22 @@ def test_summary_by_hand(table: Path) -> None:
     assert lines[3] == "| a | 1 | 10 | 75.0% (75.0% to 75.0%) | 0.600 |"
 
 
+def test_more_columns_have_a_panel_and_a_final_value_each(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = zip(table.read_text().splitlines(), ("entropy", "0.5", "0.3", "0.7", "0.1", "0.5", "0.2"), strict=True)
+    table.write_text("".join(f"{row},{value}\n" for row, value in rows))
+    lines = summary(table, target=0.75, more=["entropy"]).splitlines()
+    assert lines[0].endswith("| final reward | final entropy |") and lines[1].count("---") == 6
+    assert lines[2].endswith("| 0.600 | 0.250 |") and lines[3].endswith("| 0.600 | 0.100 |")
+    saved: list[matplotlib.figure.Figure] = []
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda figure, *a, **k: saved.append(figure))
+    plot_comparison(table, tmp_path / "c.png", title="t", more=["entropy"])
+    *_, panel = saved[0].axes
+    assert len(saved[0].axes) == 3 and panel.get_title() == "entropy"
+    assert [line.get_data()[1].tolist() for line in panel.lines] == [[0.5, 0.25], [0.7, 0.1]]
+
+
 def test_line_is_the_mean_and_band_the_range(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[matplotlib.figure.Figure] = []
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda figure, *a, **k: saved.append(figure))

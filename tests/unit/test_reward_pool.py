@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
@@ -54,14 +55,12 @@ def judge(prompt, rollout, *, scale=1.0):
     if deed == "read":
         return len(sys.stdin.read())
     if deed == "children":
-        forked = os.fork()
-        if forked == 0:
-            time.sleep(600)
-            os._exit(0)
+        os.environ["MARKER"], _, how = argument.partition(" ")
         spawned = subprocess.Popen(["sleep", "600"])
-        with open(argument, "w") as file:
-            file.write(f"{forked} {spawned.pid}")
-        if "exit" in argument:
+        subprocess.Popen(["sleep", "600"], start_new_session=True)
+        # An orphan in a session of its own, whose parent is gone.
+        subprocess.run(["sh", "-c", "setsid sleep 600 & exit 0"])
+        if how == "exit":
             os._exit(5)
         time.sleep(600)
     if deed == "escape" and os.fork() == 0:
@@ -94,6 +93,18 @@ def processes_of(session_leaders: set[int]) -> set[int]:
             continue  # it ended while we looked
         if int(fields[3]) in session_leaders or int(entry) in session_leaders:
             found.add(int(entry))
+    return found
+
+
+def marked(marker: str) -> set[int]:
+    """Processes whose environment holds the marker, in whatever session they are."""
+    found = set()
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if marker.encode() in Path(f"/proc/{entry}/environ").read_bytes():
+                found.add(int(entry))
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue  # it ended while we looked, or is another user's
     return found
 
 
@@ -204,14 +215,15 @@ def test_a_message_larger_than_the_pipe(two: RewardPool) -> None:
     assert [reward.value for reward in two.score([pair(1, " " + "x" * 2_000_000), pair(2)])] == [2.0, 4.0]
 
 
-@pytest.mark.parametrize(("name", "reason"), [("wait", "timeout"), ("exit", "crashed: exit code 5")])
-def test_children_of_the_reward_are_killed_with_it(two: RewardPool, tmp_path: Path, name: str, reason: str) -> None:
-    file = tmp_path / name
+@pytest.mark.parametrize(("how", "reason"), [("wait", "timeout"), ("exit", "crashed: exit code 5")])
+def test_children_of_the_reward_are_killed_with_it(two: RewardPool, how: str, reason: str) -> None:
+    """Those in the worker's process group, those in sessions of their own, and orphans."""
+    marker = uuid4().hex
     start = time.monotonic()
-    rewards = two.score([pair(1, f"children {file}"), pair(2)])
+    rewards = two.score([pair(1, f"children {marker} {how}"), pair(2)])
     assert (rewards[0].reason, rewards[1].value) == (reason, 4.0)
     assert time.monotonic() - start < DEADLINE + 2.0
-    wait_until_gone(set(map(int, file.read_text().split())))
+    assert marked(marker) == set()
 
 
 def test_a_forked_child_that_returns_cannot_answer(two: RewardPool) -> None:

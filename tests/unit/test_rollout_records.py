@@ -99,6 +99,23 @@ def test_correct_is_full_marks_in_accuracy() -> None:
     assert not is_correct(Reward(value=math.nan, reason="timeout"))
 
 
+def test_every_answer_is_in_one_of_three_classes() -> None:
+    from megatron_rl.trainers.evaluate import answer_class, class_shares
+
+    def parts(accuracy: float, form: float) -> Reward:
+        return Reward(value=accuracy, parts={"accuracy": accuracy, "format": form})
+
+    expected = {
+        "correct": [parts(1, 1), Reward(value=1.0), Reward(value=0.2, parts={"accuracy": 1.0})],
+        "format_only": [parts(0, 1), Reward(value=0.9), Reward(value=1.0, parts={"accuracy": 0.0})],
+        "format_wrong": [parts(1, 0), parts(0, 0.5), Reward(value=math.nan, reason="timeout")],
+    }
+    for name, rewards in expected.items():
+        assert [answer_class(reward) for reward in rewards] == [name] * 3
+    shares = class_shares([parts(1, 1), parts(1, 0), parts(0, 0), Reward(value=0.0)])
+    assert shares == {"correct": 0.25, "format_only": 0.25, "format_wrong": 0.5}
+
+
 def test_pass_at_k_is_unbiased() -> None:
     """Against every choice of k out of n draws."""
     from itertools import combinations

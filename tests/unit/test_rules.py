@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from megatron_rl.config.load import _options
-from megatron_rl.config.schema import GrpoConfig, SdpoConfig
+from megatron_rl.config.load import options_of
+from megatron_rl.config.schema import ExpertIterationConfig, GrpoConfig, SdpoConfig
 from megatron_rl.metrics.rules import RULES, TABLE, Action, chosen_rules
 from megatron_rl.metrics.watch import Alarm, Watch
 
@@ -61,6 +61,7 @@ def healthy(last: int = 100) -> list[Row]:
                 "rollout_corr/k3_kl": noise.uniform(0, 1e-3),
                 "training/rollout_probs_diff_mean": noise.uniform(2e-3, 4e-3),
                 "actor/pg_clipfrac": noise.uniform(0, 0.05),
+                "expert/kept": round(1000 * right),
                 **critic(step, noise),
             }
         )
@@ -132,6 +133,7 @@ def fault(rule: str) -> tuple[dict[str, float], dict[str, int]]:
         "topk_mass_fall": ({"self_distillation/student_topk_mass": 0.9}, {"topk_mass_fall": third}),
         # The fifth of a row of zeros is the first whose mean is below 5% of 0.87.
         "zero_reward": ({"critic/score/mean": 0.0} | unsolved, {"reward_fall": ONSET + 3, "zero_reward": ONSET + 4}),
+        "nothing_kept": ({"expert/kept": 0.0}, {"nothing_kept": third}),
         "entropy_jump": ({"actor/entropy": 0.6}, {"entropy_jump": ONSET}),
         # Three of the last ten at 0.5 are the first to pull the mean a tenth down; the reward has grown to then.
         "format_fall": ({"reward/format": 0.5}, {"format_fall": third}),
@@ -282,7 +284,10 @@ def test_a_continued_watch_is_the_uninterrupted_one(rule: str) -> None:
 def choose(**changes: Any) -> dict:
     options: dict[str, Any] = {"ignore": [], "stop": [], "limits": {}, "parity_tolerance": 0.25, "max_skipped_steps": 5}
     return {
-        rule.name: rule for rule in chosen_rules(**(options | {"signed_kl": False, "moving_rewards": False} | changes))
+        rule.name: rule
+        for rule in chosen_rules(
+            **(options | {"signed_kl": False, "moving_rewards": False, "own_answers": True} | changes)
+        )
     }
 
 
@@ -290,6 +295,7 @@ def test_options_choose() -> None:
     rules = choose(ignore=["pad_is_eos"], stop=["grad_spike"], limits={"truncated": 0.5})
     assert set(RULES) - set(rules) == {"pad_is_eos"}
     assert set(RULES) - set(choose(moving_rewards=True)) == {"reward_fall", "zero_reward"}
+    assert set(RULES) - set(choose(own_answers=False)) == {"entropy_collapse", "entropy_low"}
     assert (rules["parity"].limit, rules["skipped_in_a_row"].patience, rules["truncated"].limit) == (0.25, 5, 0.5)
     assert rules["grad_spike"].action is Action.stop and RULES["grad_spike"].action is Action.warn
     assert (rules["negative_kl"].limit, choose(signed_kl=True)["negative_kl"].limit) == (-1e-4, -0.05)
@@ -325,12 +331,12 @@ def test_the_documentation_has_the_table() -> None:
 
 
 def test_figures_and_options_that_rules_name_exist() -> None:
-    metrics = "".join((ROOT / "docs" / name).read_text() for name in ("metrics.md", "sdpo.md"))
+    metrics = "".join((ROOT / "docs" / name).read_text() for name in ("metrics.md", "sdpo.md", "expert_iteration.md"))
     spelled = set(re.findall(r"`([^`\n]+)`", metrics))
     for name in list(spelled):
         if match := re.fullmatch(r"(.*)\{(.*)\}", name):
             spelled |= {match[1] + part for part in match[2].split(",")}
-    options = {*_options(GrpoConfig), *_options(SdpoConfig)}
+    options = {*options_of(GrpoConfig), *options_of(SdpoConfig), *options_of(ExpertIterationConfig)}
     sections = {option.split(".")[0] for option in options}
     for rule in TABLE:
         for figure in rule.reads:

@@ -1,0 +1,164 @@
+"""Acceptance on a real model: 20 steps of GRPO raise the mean reward of SmolLM2 on one-digit sums, at two dtypes.
+
+    python tools/smollm2.py runs/smollm2/hf
+    python tools/acceptance.py runs/smollm2/hf
+
+Both cases train `examples/smollm2/grpo_chain_sum.yaml` on two ranks in a pipeline. Interrupted, the same command goes
+on: a run from its last checkpoint, and one whose steps are in `steps.csv` not at all. `summary.md` beside it, with the
+first steps held against the last, is made anew each time.
+"""
+
+import argparse
+import csv
+import datetime
+import json
+import subprocess
+import sys
+from collections import defaultdict
+from math import sqrt
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from megatron_rl.config.load import load_config
+from megatron_rl.config.schema import GrpoConfig
+
+CONFIG = Path("examples/smollm2/grpo_chain_sum.yaml")
+# A processor without bfloat16 instructions takes about eight times as long, so that case has a quarter of the problems.
+CASES = {
+    "float32": [],
+    "bfloat16": [
+        "model.dtype=bfloat16",
+        "train.batch_size=4",
+        "train.max_tokens_per_micro_batch=192",
+        "rollout.parity_tolerance=1.0",
+    ],
+}
+FIELDS = ("case", "step", "answers", "reward", "accuracy", "problems", "length", "seconds", "tokens_per_s", "date")
+WINDOW = 5  # steps at either end that are compared
+# 97.5% points of the normal distribution, and of Student's t for the mean of one window and the difference of two.
+NORMAL, T_MEAN, T_DIFFERENCE = 1.960, 2.776, 2.306
+
+
+def train(case: str, options: list[str], run_dir: Path) -> list[dict[str, Any]]:
+    """Trains or goes on; the rows of the table."""
+    config = load_config(CONFIG, [*options, f"run.dir={run_dir}"])
+    assert isinstance(config, GrpoConfig)
+    command = [sys.executable, "-m", "megatron_rl", "train", str(CONFIG), *options, f"run.dir={run_dir}"]
+    if code := subprocess.run(command, check=False).returncode:
+        raise SystemExit(code)
+    return [row(case, config, json.loads(line)) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def row(case: str, config: GrpoConfig, logged: dict[str, Any]) -> dict[str, Any]:
+    """What the table keeps of a step; step 0 is the evaluation before training."""
+    figures = {
+        "reward": "critic/score/mean",
+        "accuracy": "val/accuracy",
+        "length": "response_length/mean",
+        "seconds": "perf/time_per_step",
+        "tokens_per_s": "perf/tokens_per_second",
+    }
+    return {
+        "case": case,
+        "step": logged["step"],
+        "answers": config.train.batch_size * config.rollout.group_size if logged["step"] else "",
+        "problems": config.data.val_task["size"] if "val/accuracy" in logged else "",
+        "date": datetime.datetime.fromtimestamp(logged["time"], datetime.UTC).date().isoformat(),
+        **{field: f"{logged[key]:.4f}" if key in logged else "" for field, key in figures.items()},
+    }
+
+
+def append(table: Path, rows: list[dict[str, Any]]) -> None:
+    """All lines of a run at once."""
+    new = not table.exists()
+    with table.open("a", newline="") as lines:
+        writer = csv.DictWriter(lines, FIELDS, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def read(table: Path) -> dict[str, list[dict[str, str]]]:
+    """The table's rows by case."""
+    cases: dict[str, list[dict[str, str]]] = defaultdict(list)
+    if table.exists():
+        with table.open(newline="") as lines:
+            for line in csv.DictReader(lines):
+                cases[line["case"]].append(line)
+    return cases
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """95% interval of a share of n (Wilson, 1927)."""
+    z = NORMAL**2 / n
+    middle, half = (share + z / 2) / (1 + z), NORMAL / (1 + z) * sqrt(share * (1 - share) / n + z / (4 * n))
+    return middle - half, middle + half
+
+
+def comparison(rows: list[dict[str, str]]) -> list[str]:
+    """First and last steps, their difference, and the held-out problems: lines of a Markdown table without the case.
+
+    Two intervals each. One takes all answers as independent; the answers to one problem are not quite that. The other
+    takes the steps' means as the observations: each step has problems of its own, so these are independent.
+    """
+    steps = [row for row in rows if row["answers"]]
+    cells = []
+    windows = [[float(row["reward"]) for row in part] for part in (steps[:WINDOW], steps[-WINDOW:])]
+    n = WINDOW * int(steps[0]["answers"])
+    for window in windows:
+        mean = fmean(window)
+        cells.append(
+            f"{mean:.3f} ± {NORMAL * sqrt(mean * (1 - mean) / n):.3f} (± {T_MEAN * stdev(window) / sqrt(WINDOW):.3f})"
+        )
+    first, last = map(fmean, windows)
+    of_answers = NORMAL * sqrt((first * (1 - first) + last * (1 - last)) / n)
+    of_steps = T_DIFFERENCE * sqrt(sum(stdev(window) ** 2 for window in windows) / WINDOW)
+    cells.append(f"{last - first:+.3f} ± {of_answers:.3f} (± {of_steps:.3f})")
+    for row in (rows[0], rows[-1]):
+        low, high = wilson(float(row["accuracy"]), int(row["problems"]))
+        cells.append(f"{float(row['accuracy']):.3f} ({low:.3f} to {high:.3f})")
+    return cells
+
+
+def summary(cases: dict[str, list[dict[str, str]]]) -> str:
+    """Rewards and speed as Markdown tables."""
+    window = f"mean reward, steps 1 to {WINDOW}", f"last {WINDOW} steps"
+    head = ("case", "steps", "answers per step", *window, "difference", "held-out greedy, before", "after")
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for case, rows in cases.items():
+        lines.append("| " + " | ".join([case, rows[-1]["step"], rows[-1]["answers"], *comparison(rows)]) + " |")
+    lines += [
+        "",
+        "± is a 95% interval from all answers taken as independent; in brackets from the means of the steps.",
+        "The held-out problems' interval is Wilson's, 95%.",
+        "",
+        "| case | seconds per step, median | tokens per second, median | date |",
+        "|---|---|---|---|",
+    ]
+    for case, rows in cases.items():
+        middle = [sorted(float(row[key]) for row in rows if row[key]) for key in ("seconds", "tokens_per_s")]
+        lines.append(f"| {case} | " + " | ".join(f"{v[len(v) // 2]:.1f}" for v in middle) + f" | {rows[-1]['date']} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="what tools/smollm2.py made")
+    parser.add_argument("--case", choices=CASES, action="append", help="only this one")
+    parser.add_argument("--runs", type=Path, default=Path("runs/smollm2"))
+    parser.add_argument("--results", type=Path, default=Path("docs/results/smollm2"))
+    arguments = parser.parse_args()
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    table = arguments.results / "steps.csv"
+    for case in arguments.case or CASES:
+        if case not in read(table):
+            print(f"\n== {case}", flush=True)
+            options = [f"model.path={arguments.model}", *CASES[case]]
+            append(table, train(case, options, arguments.runs / f"grpo_chain_sum_{case}"))
+    (arguments.results / "summary.md").write_text(summary(read(table)))
+    print(f"\n{table}\n{arguments.results / 'summary.md'}")
+
+
+if __name__ == "__main__":
+    main()
