@@ -13,13 +13,16 @@ class Kind(StrEnum):
     above_start = "above_start"  # x > c s, s the median of the first `window` values
     below_start = "below_start"  # x < c s
     fall = "fall"  # the mean of the last `window` values < the best such mean - c times the largest `scale` so far
-    collapse = "collapse"  # |the mean of the last `window` values| < c times the best such mean, once that is > `floor`;
+    collapse = (
+        "collapse"  # |the mean of the last `window` values| < c times the best such mean, once that is > `floor`;
+    )
     # at the start, means of the first few values are among them
     jump = "jump"  # x > the value before + c
     outside = "outside"  # |x - `center`| > c
     drift = "drift"  # |x - the first value| > c
     parting = "parting"  # the mean of half a `window` is c below that of the half before, while `against` rose
     close = "close"  # `against` - x < c
+    ahead = "ahead"  # x > (`against` + c) times the largest `scale` so far
 
 
 LOWER_BOUNDS = frozenset({Kind.below, Kind.below_start, Kind.fall, Kind.collapse, Kind.parting, Kind.close})
@@ -37,8 +40,8 @@ class Rule:
     """One thing to watch. Each of `figures` is judged by itself; one that is not logged, or not finite, is passed over.
 
     `patience` is the number of steps in a row on which the condition must hold. `floor` is the least threshold that
-    `above_median` and `above_start` come to. `scale` names the figure that measures a `fall`, `against` the one that
-    `parting` and `close` hold a figure against. With `unless` (a figure and a value) the rule keeps silent while that
+    `above_median` and `above_start` come to. `scale` names the figure that measures a `fall` or what is `ahead`, `against` the one that
+    `parting`, `close` and `ahead` hold a figure against. With `unless` (a figure and a value) the rule keeps silent while that
     figure is at least the value. With `keep_samples` the step's samples are written beside the alarm. `option` names
     the option that sets the limit or the patience, where it has one of its own. `severe`: a run that shows this is not
     worth going on with as it is; what stops a run always is.
@@ -93,6 +96,7 @@ class Rule:
             Kind.parting: f"mean of the last {self.window // 2} < that of the {self.window // 2} before - {c}, while "
             f"that of `{self.against}` rose",
             Kind.close: f"less than {c} below `{self.against}`",
+            Kind.ahead: f"> (`{self.against}` + {c}) x the largest `{self.scale}`",
         }[self.kind]
         return text + steps + unless
 
