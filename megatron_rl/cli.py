@@ -1,4 +1,5 @@
-"""The command line: `megatron-rl train|eval|check|verify CONFIG [a.b=c ...]`, `megatron-rl report RUN [OTHER]`."""
+"""The command line: `megatron-rl train|check|verify CONFIG [a.b=c ...]`, `megatron-rl eval MODEL [DATA] [a.b=c ...]`,
+`megatron-rl report RUN [OTHER]`."""
 
 import argparse
 import sys
@@ -6,14 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_rl import __version__
-from megatron_rl.config.load import Loaded, load
+from megatron_rl.config.load import Loaded, load, of_trainer
 from megatron_rl.config.rules import Config, ConfigError
+from megatron_rl.config.schema import EvaluationConfig
 from megatron_rl.launch import rank, torchrun
 from megatron_rl.types import RunError
 
 VERBS = {
     "train": "train, on this machine's processes or under torchrun",
-    "eval": "answer the held-out problems once, with the run's latest checkpoint or what it would start from",
+    "eval": "answer held-out problems with a model, a run or a checkpoint, and say what the answers are worth",
     "check": "say what `train` would do, and what is wrong, without training",
     "verify": "show that this config's gradient is the same under every layout that fits this machine",
     "report": "say what is wrong with a run, with its curves, or hold two runs against each other",
@@ -31,13 +33,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if verb == "report":
             add_report_arguments(verb_parser)
             continue
-        verb_parser.add_argument("config", help="a YAML file that names its trainer")
+        if verb == "eval":
+            kinds = "a Hugging Face directory, a run directory, a checkpoint, or a YAML file"
+            verb_parser.add_argument("config", metavar="MODEL", help=kinds)
+            data_help = "problems: a .jsonl or .parquet file, or a reasoning-gym:task; without it the config's data.val"
+            verb_parser.add_argument("data", metavar="DATA", nargs="?", help=data_help)
+        else:
+            verb_parser.add_argument("config", help="a YAML file that names its trainer")
         verb_parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="options that overrule the file")
     options = parser.parse_args(arguments)
     if options.verb == "report":
         return report_on([options.run, *([options.other] if options.other else [])], options.out)
     try:
-        loaded = load(options.config, options.overrides)
+        loaded = read(options)
         if options.verb != "verify":
             look(loaded, options.verb)
     except (ValueError, RunError) as error:
@@ -47,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     count = torchrun.processes(loaded.config.parallel) if options.verb != "verify" else torchrun.ranks_of_machine()
     if count > 1 and not torchrun.under_torchrun():
         return torchrun.launch(count, arguments)
-    rank.enter(stops_gracefully=options.verb == "train")
+    rank.enter(stops_gracefully=options.verb in ("train", "eval"))
     try:
         return work(loaded.config, options.verb)
     except ConfigError as error:
@@ -59,6 +67,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not rank.lost_a_peer(error):
             raise
         rank.leave()
+
+
+def read(options: argparse.Namespace) -> Loaded:
+    """The config that the arguments name; ValueError where they name none."""
+    if options.verb != "eval":
+        loaded = load(options.config, options.overrides)
+        if options.verb != "check":
+            of_trainer(loaded, options.config)
+        return loaded
+    # Imported late: it reads checkpoints, and with them torch.
+    from megatron_rl.trainers.evaluation_config import evaluation_config
+
+    data, overrides = options.data, list(options.overrides)
+    if data is not None and "=" in data:
+        data, overrides = None, [data, *overrides]
+    return evaluation_config(options.config, data, overrides)
 
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
@@ -96,25 +120,23 @@ def look(loaded: Loaded, verb: str) -> None:
     # Imported late: a mistake in the config itself is reported without waiting for torch.
     from megatron_rl.trainers.preflight import describe, preflight
 
-    findings = preflight(loaded.config, trains=verb != "eval")
+    findings = preflight(loaded.config)
     for warning in findings.warnings:
         print(f"megatron-rl: warning: {warning}", file=sys.stderr)
-    if verb == "eval" and not findings.held_out_rows:
-        raise ConfigError("eval needs held-out problems: set data.val")
     if verb == "check":
         print(describe(loaded, findings))
 
 
-def work(config: Config, verb: str) -> int:
+def work(config: Config | EvaluationConfig, verb: str) -> int:
     """Does what the verb says, in this process and those beside it; the exit code."""
-    if verb == "verify":
+    if isinstance(config, EvaluationConfig):
+        from megatron_rl.trainers.evaluation_run import evaluate
+
+        evaluate(config)
+    elif verb == "verify":
         from megatron_rl.trainers.verify import verify
 
         return verify(config)
-    if verb == "eval":
-        from megatron_rl.trainers.evaluate import evaluate
-
-        evaluate(config)
     else:
         from megatron_rl.trainers.run import run
 

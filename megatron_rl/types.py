@@ -30,6 +30,15 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Demonstration:
+    """A prompt and what follows it. `learned[t]` says whether token t is to be learned; a user's words are not."""
+
+    prompt: Prompt
+    token_ids: tuple[int, ...]
+    learned: tuple[bool, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
     """One sampled response.
 

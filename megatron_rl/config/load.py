@@ -19,6 +19,7 @@ from megatron_rl.config.schema import (
     DType,
     EmaAxis,
     EmaGradient,
+    EvaluationConfig,
     GrpoConfig,
     PolicyConfig,
     SdpoConfig,
@@ -32,25 +33,25 @@ MOST_TEACHER_TOKENS = 10240  # as in the code of SDPO's authors
 class Loaded:
     """A config, and for every option (dotted) where its value comes from."""
 
-    config: Config
+    config: Config | EvaluationConfig
     origins: dict[str, str]
 
 
-def _options(schema: type, prefix: str = "") -> Iterator[str]:
+def options_of(schema: type, prefix: str = "") -> Iterator[str]:
     """Every option of a schema, as a dotted key."""
     for item in dataclasses.fields(schema):
         if dataclasses.is_dataclass(item.type):
-            yield from _options(item.type, f"{prefix}{item.name}.")  # type: ignore[arg-type]
+            yield from options_of(item.type, f"{prefix}{item.name}.")  # type: ignore[arg-type]
         else:
             yield prefix + item.name
 
 
 def _unknown(trainer: str, key: str) -> ConfigError:
     """Names the nearest key, or the trainer that has this one."""
-    known = list(_options(SCHEMAS[trainer]))
+    known = list(options_of(SCHEMAS[trainer]))
     near = difflib.get_close_matches(key, known, 1, cutoff=0.6)
     near = near or [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]][:1]
-    owners = [other for other, schema in SCHEMAS.items() if key in set(_options(schema))]
+    owners = [other for other, schema in SCHEMAS.items() if key in set(options_of(schema))]
     hint = f"; it belongs to trainer {owners[0]!r}" if owners else f"; did you mean {near[0]!r}?" if near else ""
     return ConfigError(f"unknown key {key!r} for trainer {trainer!r}{hint}")
 
@@ -82,33 +83,42 @@ def _merge(config: DictConfig, layer: Layer, trainer: str) -> DictConfig:
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
     """Schema defaults < the YAML file's `base` < the file < `a.b=c` overrides; then the checks."""
-    path = Path(path)
-    layers = [*file_layers(path), *map(override_layer, overrides)]
+    return resolve([*file_layers(Path(path)), *map(override_layer, overrides)], str(path))
+
+
+def trainer_of(layers: Sequence[Layer], name: str) -> str:
+    """The trainer that the layers, all of `name`, agree on."""
     named = [held["trainer"] for layer in layers if "trainer" in (held := plain(layer.options))]
     trainer = named[0] if named else None
     if not isinstance(trainer, str) or trainer not in SCHEMAS:
-        raise ConfigError(f"{path}: trainer={trainer!r} is not one of {', '.join(SCHEMAS)}")
+        raise ConfigError(f"{name}: trainer={trainer!r} is not one of {', '.join(SCHEMAS)}")
     if any(other != trainer for other in named):
         raise ConfigError(f"trainer={named[-1]!r} cannot be overridden; the file says {trainer!r}")
+    return trainer
+
+
+def resolve(layers: Sequence[Layer], name: str) -> Loaded:
+    """The checked config of layers, each above those before it; `name` is what a person calls them all."""
+    trainer = trainer_of(layers, name)
     config = _defaults(trainer)
-    origins = dict.fromkeys(_options(SCHEMAS[trainer]), "default")
+    origins = dict.fromkeys(options_of(SCHEMAS[trainer]), "default")
     left_open: set[str] = set()
     for layer in layers:
         config = _merge(config, layer, trainer)
         options = plain(layer.options)
-        written = {key: value for key in origins for value in _written(options, key)}
+        written = {key: value for key in origins for value in written_in(options, key)}
         origins.update(dict.fromkeys(written, layer.origin))
         left_open = (left_open - set(written)) | {key for key, value in written.items() if value == MISSING}
     if left_open:
-        raise ConfigError(f"{path}: {min(left_open)} is left open by {MISSING!r} and must be set")
-    result = _to_object(config, path)
+        raise ConfigError(f"{name}: {min(left_open)} is left open by {MISSING!r} and must be set")
+    result = _to_object(config, name)
     for key in _complete(result):
         origins[key] = "derived"
     check(result)
     return Loaded(result, origins)
 
 
-def _written(options: Any, key: str) -> list[Any]:
+def written_in(options: Any, key: str) -> list[Any]:
     """The value of the dotted key in nested options, if they hold it."""
     for part in key.split("."):
         if not isinstance(options, dict) or part not in options:
@@ -117,37 +127,44 @@ def _written(options: Any, key: str) -> list[Any]:
     return [options]
 
 
-def _to_object(config: DictConfig, path: Path) -> Config:
+def _to_object(config: DictConfig, name: str) -> Config | EvaluationConfig:
     try:
         OmegaConf.resolve(config)
         missing = sorted(OmegaConf.missing_keys(config))
         if missing:
-            raise ConfigError(f"{path}: {missing[0]} must be set (file or {missing[0]}=VALUE)")
+            raise ConfigError(f"{name}: {missing[0]} must be set (file or {missing[0]}=VALUE)")
         result = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {_reason(error)}") from error
-    assert isinstance(result, TrainerConfig)
+        raise ConfigError(f"{name}: {_reason(error)}") from error
+    assert isinstance(result, TrainerConfig | EvaluationConfig)
     return result
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """`load`, without the origins."""
-    return load(path, overrides).config
+    """A trainer's config, without the origins."""
+    return of_trainer(load(path, overrides), str(path))
 
 
-def as_dict(config: Config) -> dict[str, Any]:
+def of_trainer(loaded: Loaded, name: str) -> Config:
+    """The config, which must be one to train by."""
+    if isinstance(loaded.config, EvaluationConfig):
+        raise ConfigError(f"{name}: trainer=eval trains nothing: run `megatron-rl eval {name}`, or name a trainer")
+    return loaded.config
+
+
+def as_dict(config: Config | EvaluationConfig) -> dict[str, Any]:
     """The resolved config as plain nested values."""
     plain = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
 
 
-def save_config(config: Config, path: str | Path) -> None:
+def save_config(config: Config | EvaluationConfig, path: str | Path) -> None:
     """Writes the resolved config as YAML that `load_config` reads back."""
     Path(path).write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
-def _complete(config: Config) -> list[str]:
+def _complete(config: Config | EvaluationConfig) -> list[str]:
     """Fills what was left open: the named algorithm's own values, the tolerance that fits the precision."""
     filled = []
     if isinstance(config, PolicyConfig):
@@ -165,7 +182,7 @@ def _complete(config: Config) -> list[str]:
         room = config.train.max_tokens_per_micro_batch - config.rollout.max_new_tokens
         config.reprompt.max_tokens = min(MOST_TEACHER_TOKENS, room)
         filled.append("reprompt.max_tokens")
-    if config.rollout.parity_tolerance is None:
+    if isinstance(config, TrainerConfig) and config.rollout.parity_tolerance is None:
         # Two implementations of one bfloat16 model differ by about this much on a token now and then.
         config.rollout.parity_tolerance = 1e-3 if config.model.dtype is DType.float32 else 0.25
         filled.append("rollout.parity_tolerance")

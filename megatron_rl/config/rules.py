@@ -14,6 +14,7 @@ from megatron_rl.config.schema import (
     AverageConfig,
     CorrectionLevel,
     EmaAxis,
+    EvaluationConfig,
     ExpertIterationConfig,
     GadConfig,
     GrpoConfig,
@@ -22,11 +23,13 @@ from megatron_rl.config.schema import (
     KLPlace,
     LikelihoodConfig,
     Loss,
+    MeasureConfig,
+    ParallelConfig,
     PolicyConfig,
     PolicyGradientConfig,
     PpoConfig,
-    RolloutConfig,
     RolloutTrainerConfig,
+    SamplingConfig,
     SdpoConfig,
     TrainerConfig,
 )
@@ -41,6 +44,41 @@ AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-
 BY_CONSTANT = "seq-mean-token-sum-norm"
 LOWER_IS_BETTER = ("val/truncated", "val/reward_failed", "val/format_wrong", "val/format_only")
 OF_LIKELIHOOD = ("token-mean", "seq-mean-token-mean", BY_CONSTANT)
+POSITIVE = (
+    "parallel.tp",
+    "parallel.pp",
+    "parallel.vpp",
+    "parallel.dp",
+    "train.steps",
+    "train.batch_size",
+    "train.max_tokens_per_micro_batch",
+    "data.max_prompt_tokens",
+    "rollout.max_new_tokens",
+    "rollout.max_sequences",
+    "rollout.group_size",
+    "rollout.parity_tolerance",
+    "reward.workers",
+    "reward.deadline_s",
+    "reward.memory_gb",
+    "eval.limit",
+    "eval.max_new_tokens",
+    "eval.chunk",
+    "checkpoint.keep",
+    "guards.max_skipped_steps",
+    "run.stop_after",
+)
+NOT_NEGATIVE = (
+    "train.seed",
+    "eval.every",
+    "eval.samples",
+    "eval.seed",
+    "eval.shots",
+    "checkpoint.every",
+    "checkpoint.keep_every",
+    "rollout.parity_every",
+    "log.histograms_every",
+    "run.hang_timeout_s",
+)
 
 
 class ConfigError(ValueError):
@@ -62,8 +100,8 @@ def _numbers(section: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
             yield prefix + item.name, value
 
 
-def _check_size(config: Config) -> None:
-    """Numbers that can be computed with, and a step that can be planned."""
+def _check_size(config: Config | EvaluationConfig) -> None:
+    """Numbers that can be computed with, and a step or a chunk that can be planned."""
     for key, value in _numbers(config):
         _require(math.isfinite(value), f"{key}={value} must be a finite number")
         _require(abs(value) < 2**63 or isinstance(value, float), f"{key}={value} does not fit 64 bits")
@@ -73,6 +111,13 @@ def _check_size(config: Config) -> None:
         parallel.tp * parallel.pp * (parallel.dp or 1) <= MOST_RANKS,
         f"parallel.tp={parallel.tp} times pp={parallel.pp} times dp={parallel.dp or 1} is more than {MOST_RANKS} ranks",
     )
+    if isinstance(config, EvaluationConfig):
+        _require(
+            config.eval.chunk * max(config.eval.samples, 1) <= MOST_SEQUENCES,
+            f"eval.chunk={config.eval.chunk} problems with eval.samples={config.eval.samples} draws are more than "
+            f"{MOST_SEQUENCES} sequences at once",
+        )
+        return
     _require(
         config.train.batch_size * group_size <= MOST_SEQUENCES,
         f"train.batch_size={config.train.batch_size} with {group_size} responses to a prompt is more than "
@@ -80,54 +125,40 @@ def _check_size(config: Config) -> None:
     )
 
 
-def _check_positive(config: Config) -> None:
-    values: dict[str, float] = {
-        "parallel.tp": config.parallel.tp,
-        "parallel.pp": config.parallel.pp,
-        "parallel.vpp": config.parallel.vpp,
-        "train.steps": config.train.steps,
-        "train.batch_size": config.train.batch_size,
-        "train.max_tokens_per_micro_batch": config.train.max_tokens_per_micro_batch,
-        "data.max_prompt_tokens": config.data.max_prompt_tokens,
-        "rollout.max_new_tokens": config.rollout.max_new_tokens,
-        "rollout.max_sequences": config.rollout.max_sequences,
-        "rollout.group_size": config.rollout.group_size,
-        "reward.workers": config.reward.workers,
-        "reward.deadline_s": config.reward.deadline_s,
-        "checkpoint.keep": config.checkpoint.keep,
-        "guards.max_skipped_steps": config.guards.max_skipped_steps,
-    }
-    where_set = {
-        "parallel.dp": config.parallel.dp,
-        "rollout.parity_tolerance": config.rollout.parity_tolerance,
-        "reward.memory_gb": config.reward.memory_gb,
-        "eval.limit": config.eval.limit,
-        "eval.max_new_tokens": config.eval.max_new_tokens,
-        "run.stop_after": config.run.stop_after,
-    }
-    values |= {key: value for key, value in where_set.items() if value is not None}
-    for key, value in values.items():
-        _require(value > 0, f"{key}={value} must be greater than 0")
-    for key, value in {
-        "train.seed": config.train.seed,
-        "eval.every": config.eval.every,
-        "eval.samples": config.eval.samples,
-        "eval.seed": config.eval.seed,
-        "checkpoint.every": config.checkpoint.every,
-        "checkpoint.keep_every": config.checkpoint.keep_every,
-        "rollout.parity_every": config.rollout.parity_every,
-        "log.histograms_every": config.log.histograms_every,
-        "run.hang_timeout_s": config.run.hang_timeout_s,
-    }.items():
-        _require(value >= 0, f"{key}={value} must not be negative")
+def _check_signs(config: Config | EvaluationConfig) -> None:
+    """Each schema has some of these options; what is null is not looked at."""
+    values = dict(_numbers(config))
+    for key in POSITIVE:
+        _require(values.get(key, 1) > 0, f"{key}={values.get(key)} must be greater than 0")
+    for key in NOT_NEGATIVE:
+        _require(values.get(key, 0) >= 0, f"{key}={values.get(key)} must not be negative")
 
 
-def _check_rollout(rollout: RolloutConfig) -> None:
+def _check_rollout(rollout: SamplingConfig) -> None:
     _require(rollout.engine == "hf", f"rollout.engine={rollout.engine!r} is not one of: hf")
     _require(rollout.temperature > 0, f"rollout.temperature={rollout.temperature} must be greater than 0")
     _require(0 < rollout.top_p <= 1, f"rollout.top_p={rollout.top_p} must be in (0, 1]")
     _require(rollout.top_k >= 0, f"rollout.top_k={rollout.top_k} must not be negative; 0 means no limit")
     _require(all(rollout.stop), f"rollout.stop={rollout.stop} holds an empty text, which every response has: remove it")
+
+
+def _check_parallel(parallel: ParallelConfig) -> None:
+    _require(
+        parallel.vpp == 1 or parallel.pp > 1,
+        f"parallel.vpp={parallel.vpp} needs parallel.pp > 1: it cuts stages in chunks",
+    )
+    _require(
+        not parallel.sequence_parallel or parallel.tp > 1,
+        "parallel.sequence_parallel=true needs parallel.tp > 1: with one tensor rank nothing is cut",
+    )
+
+
+def _check_shots(measure: MeasureConfig) -> None:
+    _require(
+        (measure.shots > 0) == (measure.shots_from is not None),
+        f"eval.shots={measure.shots} and eval.shots_from={measure.shots_from!r} go together: the number of solved "
+        "examples, and the file whose first rows they are",
+    )
 
 
 def _check_best(config: Config) -> None:
@@ -155,26 +186,21 @@ def _check_average(key: str, average: AverageConfig) -> None:
     _require(average.update_after >= 0, f"{key}.update_after={average.update_after} must not be negative")
 
 
-def check(config: Config) -> None:
+def check(config: Config | EvaluationConfig) -> None:
     """Values and combinations that cannot be run; raises ConfigError on the first."""
     _check_size(config)
-    _check_positive(config)
-    _check_optim("optim", config.optim)
+    _check_signs(config)
     _check_rollout(config.rollout)
+    _check_parallel(config.parallel)
+    if isinstance(config, EvaluationConfig):
+        _check_shots(config.eval)
+        return
+    _check_optim("optim", config.optim)
     _check_best(config)
     if isinstance(config, SdpoConfig):
         _check_average("teacher", config.teacher)
     elif isinstance(config, LikelihoodConfig | GrpoConfig):
         _check_average("average", config.average)
-    parallel = config.parallel
-    _require(
-        parallel.vpp == 1 or parallel.pp > 1,
-        f"parallel.vpp={parallel.vpp} needs parallel.pp > 1: it cuts stages in chunks",
-    )
-    _require(
-        not parallel.sequence_parallel or parallel.tp > 1,
-        "parallel.sequence_parallel=true needs parallel.tp > 1: with one tensor rank nothing is cut",
-    )
     if isinstance(config, RolloutTrainerConfig):
         _check_updates(config)
     if isinstance(config, LikelihoodConfig):

@@ -172,14 +172,12 @@ class ParallelConfig:
 
 
 @dataclass(kw_only=True)
-class DataConfig:
-    """`train` and `val` are a .jsonl or .parquet file, or a `reasoning-gym:task`."""
+class HeldOutConfig:
+    """Held-out problems: `val` is a .jsonl or .parquet file, or a `reasoning-gym:task`."""
 
-    train: str = MISSING
     val: str | None = None
+    val_task: dict[str, Any] = field(default_factory=dict)  # size, seed and options of a reasoning-gym task
     prompt_key: str = "prompt"
-    task: dict[str, Any] = field(default_factory=dict)  # size, seed and options of a reasoning-gym task
-    val_task: dict[str, Any] = field(default_factory=dict)  # the same, of the held-out problems
     template: str | None = None  # the prompt is put into: r1_zero, question_only, or a text file with {question}
     chat: Chat = Chat.auto
     max_prompt_tokens: int = 512
@@ -187,8 +185,21 @@ class DataConfig:
 
 
 @dataclass(kw_only=True)
-class SftDataConfig(DataConfig):
+class DataConfig(HeldOutConfig):
+    """And problems to train on: `train` is named as `val` is."""
+
+    train: str = MISSING
+    task: dict[str, Any] = field(default_factory=dict)  # as val_task
+
+
+@dataclass(kw_only=True)
+class PairDataConfig(DataConfig):
     response_key: str = "response"
+
+
+@dataclass(kw_only=True)
+class SftDataConfig(DataConfig):
+    response_key: str | None = "response"  # null: the prompt is a conversation that ends with the assistant's message
 
 
 @dataclass(kw_only=True)
@@ -217,15 +228,21 @@ class ExpertTrainConfig(LikelihoodTrainConfig, RolloutTrainConfig):
 
 
 @dataclass(kw_only=True)
-class RolloutConfig:
+class SamplingConfig:
+    """How an engine answers."""
+
     engine: str = "hf"
-    group_size: int = 8  # responses per prompt
     max_new_tokens: int = 512
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0  # 0: no limit
     stop: list[str] = field(default_factory=list)  # texts that end a response, which keeps them and has no end token
     max_sequences: int = 256  # generated together on one rank
+
+
+@dataclass(kw_only=True)
+class RolloutConfig(SamplingConfig):
+    group_size: int = 8  # responses per prompt
     parity_every: int = 50  # steps between comparisons of the engine's and the trainer's log-probabilities
     parity_tolerance: float | None = None  # largest difference allowed; null: 1e-3 in float32, 0.25 in bfloat16
 
@@ -304,14 +321,28 @@ class RolloutCorrectionConfig:
 
 
 @dataclass(kw_only=True)
-class EvalConfig:
+class AnsweringConfig:
     """Held-out problems are answered greedily, and with `samples` draws for pass@k."""
 
-    every: int = 0  # steps; 0: only before the first and after the last
     limit: int | None = None  # problems; null: all
     samples: int = 0  # draws per problem for pass@1..samples; 0: greedy only
-    max_new_tokens: int | None = None  # null: as in training
+    max_new_tokens: int | None = None  # null: rollout.max_new_tokens
     seed: int = 1  # of the draws
+
+
+@dataclass(kw_only=True)
+class EvalConfig(AnsweringConfig):
+    every: int = 0  # steps; 0: only before the first and after the last
+
+
+@dataclass(kw_only=True)
+class MeasureConfig(AnsweringConfig):
+    """Of `megatron-rl eval`."""
+
+    shots: int = 0  # solved examples before each problem
+    shots_from: str | None = None  # where they are: the first rows of a file, with prompts as those of the problems
+    shots_response_key: str = "response"
+    chunk: int = 64  # problems answered between two writes; a stopped evaluation goes on from the last
 
 
 @dataclass(kw_only=True)
@@ -343,12 +374,16 @@ class LogConfig:
 
 
 @dataclass(kw_only=True)
-class RunConfig:
+class PlaceConfig:
     dir: str = MISSING
-    stop_after: int | None = None  # end after this step, as if interrupted; the run can be continued
-    resume: bool = True  # continue from the run directory's latest checkpoint where there is one
-    allow_changes: bool = False  # continue although options that change the mathematics are others now
+    resume: bool = True  # continue what the directory holds: from its latest checkpoint, or after its last answers
     hang_timeout_s: float = 120.0  # without progress on any rank, or a sign of life from one, end the run; 0: never
+
+
+@dataclass(kw_only=True)
+class RunConfig(PlaceConfig):
+    stop_after: int | None = None  # end after this step, as if interrupted; the run can be continued
+    allow_changes: bool = False  # continue although options that change the mathematics are others now
 
 
 @dataclass(kw_only=True)
@@ -440,7 +475,7 @@ class GadConfig(PolicyGradientConfig):
     """Generative adversarial distillation: the policy is rewarded by a critic that tells it from a teacher."""
 
     trainer: str = "gad"
-    data: SftDataConfig = field(default_factory=SftDataConfig)
+    data: PairDataConfig = field(default_factory=PairDataConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
 
@@ -455,11 +490,26 @@ class SdpoConfig(PolicyConfig):
     reprompt: RepromptConfig = field(default_factory=RepromptConfig)
 
 
-SCHEMAS: dict[str, type[TrainerConfig]] = {
+@dataclass(kw_only=True)
+class EvaluationConfig:
+    """One evaluation, and no training: what `megatron-rl eval` makes of its arguments."""
+
+    trainer: str = "eval"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: HeldOutConfig = field(default_factory=HeldOutConfig)
+    rollout: SamplingConfig = field(default_factory=SamplingConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    eval: MeasureConfig = field(default_factory=MeasureConfig)
+    run: PlaceConfig = field(default_factory=PlaceConfig)
+
+
+SCHEMAS: dict[str, type[TrainerConfig] | type[EvaluationConfig]] = {
     "sft": SftConfig,
     "grpo": GrpoConfig,
     "ppo": PpoConfig,
     "gad": GadConfig,
     "sdpo": SdpoConfig,
     "expert_iteration": ExpertIterationConfig,
+    "eval": EvaluationConfig,
 }

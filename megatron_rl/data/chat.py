@@ -1,6 +1,6 @@
 """From what a row holds to token ids: chat templates, prompt lengths, and the response of an SFT example."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from reprlib import repr as short
 from typing import Any, Literal, get_args
 
@@ -20,18 +20,26 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, value: Any, *, chat: ChatM
     a template.
     """
     assert chat in get_args(ChatMode), chat
-    if isinstance(value, str) and (chat == "never" or (chat == "auto" and not tokenizer.chat_template)):
+    if is_plain(tokenizer, value, chat):
         text, ids = value, _encode_plain(tokenizer, value)
     elif chat == "never":
         raise ValueError("the prompt is a list of messages and chat is never: set chat to auto, or make it a string")
     else:
         messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
+        _check_messages(messages)
+        if messages[-1]["role"] == "assistant":
+            raise ValueError("the last message is the assistant's: remove it, the response follows the prompt")
         text = _apply_template(tokenizer, messages)
         # The template has written the special tokens already.
         ids = _encode_bare(tokenizer, text)
     if not ids:
         raise ValueError("the prompt is empty: a response needs at least one token to follow")
     return text, ids
+
+
+def is_plain(tokenizer: PreTrainedTokenizerBase, value: Any, chat: ChatMode) -> bool:
+    """Whether a prompt is taken as it is, without the chat template."""
+    return isinstance(value, str) and (chat == "never" or (chat == "auto" and not tokenizer.chat_template))
 
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, response: str) -> TokenIds:
@@ -45,6 +53,59 @@ def encode_example(
 ) -> tuple[TokenIds, TokenIds]:
     """Prompt and response ids. They are tokenised apart, so the prompt reads as it will when responses are sampled."""
     return encode_prompt(tokenizer, prompt, chat=chat)[1], encode_response(tokenizer, response)
+
+
+def ends_with_answer(value: Any) -> bool:
+    """Whether it is a list of messages, the last of which is the assistant's."""
+    is_list = isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0
+    return is_list and isinstance(value[-1], Mapping) and value[-1].get("role") == "assistant"
+
+
+def encode_conversation(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], *, stop: Collection[int]
+) -> tuple[str, TokenIds, TokenIds, tuple[bool, ...]]:
+    """The text and ids before the assistant's first answer, the ids from there on, and which of these are answers.
+
+    An answer is its content as the template writes it, and the token of `stop` that ends it. The conversation is
+    tokenised piece by piece, an answer apart from what comes before it, so that each follows the tokens that it would
+    be sampled after. That needs a template that writes a turn the same way whatever follows; others are refused.
+    """
+    _check_messages(messages)
+    places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+    if any(place == 0 or place - 1 in places for place in places):
+        raise ValueError("an answer needs a message of another role before it: join the assistant's messages into one")
+    written, first = "", ""
+    pieces: list[tuple[TokenIds, bool]] = []
+    for place in places:
+        before = _apply_template(tokenizer, messages[:place])
+        after = _apply_template(tokenizer, messages[: place + 1], prompts=False)
+        if not before.startswith(written) or not after.startswith(before):
+            changed = f"it writes message {place} otherwise than it prompts for it"
+            if not before.startswith(written):
+                changed = f"it writes what is before message {place} otherwise once more follows"
+            raise ValueError(
+                f"the tokenizer's chat template does not fit a conversation of several turns: {changed}, so that no "
+                "one sequence has each answer after what it would be sampled after. Learn the last answer only: leave "
+                "it out of the messages, and make it the response (data.response_key)"
+            )
+        answer = _ended(tokenizer, after[len(before) :], stop, place)
+        pieces += [(_encode_bare(tokenizer, before[len(written) :]), False), (_encode_bare(tokenizer, answer), True)]
+        written, first = before + answer, first or before
+    learned = tuple(is_answer for ids, is_answer in pieces[1:] for _ in ids)
+    return first, pieces[0][0], tuple(token for ids, _ in pieces[1:] for token in ids), learned
+
+
+def _ended(tokenizer: PreTrainedTokenizerBase, answer: str, stop: Collection[int], place: int) -> str:
+    """The answer up to its end token; what a template writes beyond belongs to the next prompt."""
+    ends = [str(tokenizer.convert_ids_to_tokens(token)) for token in sorted(stop)]
+    cut = max((answer.rfind(end) + len(end) for end in ends if end in answer), default=0)
+    if not cut or _encode_bare(tokenizer, answer[:cut])[-1] not in stop:
+        raise ValueError(
+            f"the tokenizer's chat template ends message {place}, {short(answer)}, with no token that ends a response "
+            f"({', '.join(map(repr, ends))}), so the model would not learn to stop: name its end token as eos_token_id "
+            "in generation_config.json, or use another template"
+        )
+    return answer[:cut]
 
 
 def fit_prompt(token_ids: TokenIds, max_prompt_tokens: int, truncation_side: TruncationSide) -> TokenIds:
@@ -88,15 +149,15 @@ def _encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> TokenIds:
     return ids
 
 
-def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: Any) -> str:
-    _check_messages(messages)
+def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: Any, *, prompts: bool = True) -> str:
+    """The messages as text; with `prompts` up to where the assistant begins to write."""
     if not tokenizer.chat_template:
         raise ValueError(
             "the prompt is a chat and the tokenizer has no chat template: put a chat_template.jinja next to "
             "tokenizer_config.json, or use string prompts with chat set to auto or never"
         )
     try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=prompts, tokenize=False)
     except Exception as error:  # a template is a program, and fails like one
         reason = error if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
         raise ValueError(f"the tokenizer's chat template refuses these messages: {reason}") from error
@@ -113,5 +174,3 @@ def _check_messages(messages: Any) -> None:
         for key in ("role", "content"):
             if not isinstance(message.get(key), str):
                 raise ValueError(f'message {position} needs a text "{key}", not {short(message.get(key))}')
-    if messages[-1]["role"] == "assistant":
-        raise ValueError("the last message is the assistant's: remove it, the response follows the prompt")

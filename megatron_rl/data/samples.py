@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.algorithms.reduction import token_weights
+from megatron_rl.types import Demonstration
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +69,12 @@ def from_example(sample_id: int, prompt_ids: Sequence[int], response_ids: Sequen
         loss_mask=torch.ones(len(response_ids), dtype=torch.bool),
         fields={},
     )
+
+
+def from_demonstration(sample_id: int, demonstration: Demonstration) -> Sample:
+    """Its learned tokens bear loss."""
+    sample = from_example(sample_id, demonstration.prompt.token_ids, demonstration.token_ids)
+    return replace(sample, loss_mask=torch.tensor(demonstration.learned, dtype=torch.bool))
 
 
 def weighed(samples: Sequence[Sample], mode: str, *, horizon: float | None = None) -> list[Sample]:

@@ -211,8 +211,11 @@ class PromptEncoder:
 
     def encode(self, value: Any) -> tuple[str, tuple[int, ...]]:
         """The text and all token ids of what a row holds as its prompt: the template first, then the chat template."""
-        value = value if self.template is None else fill_template(self.template, value)
-        return encode_prompt(self.tokenizer, value, chat=self.chat)
+        return encode_prompt(self.tokenizer, self.filled(value), chat=self.chat)
+
+    def filled(self, value: Any) -> Any:
+        """The template with the question in it, where there is one."""
+        return value if self.template is None else fill_template(self.template, value)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -121,7 +121,10 @@ class HFEngine:
             ids = prompts[place].token_ids
             tokens[row, width - len(ids) :] = torch.tensor(ids)
             mask[row, width - len(ids) :] = 1
-        keyed = [uniforms(sampling.seed, (*sampling.stream, *job), sampling.max_new_tokens) for job in jobs]
+        keyed = [
+            uniforms(sampling.seed, (*sampling.stream, sampling.first + place, sample), sampling.max_new_tokens)
+            for place, sample in jobs
+        ]
         sampler = KeyedSampler(sampling, torch.from_numpy(np.stack(keyed)).to(device()))
         ending = StopTexts(sampling.stop, self.decode, stop=self.stop, width=width, rows=len(jobs))
         output = self.model.generate(

@@ -6,6 +6,7 @@ from functools import cached_property
 import torch.distributed as dist
 
 from megatron_rl.config.rules import Config
+from megatron_rl.config.schema import EvaluationConfig, TrainerConfig
 from megatron_rl.data.tokenizer import load_tokenizer, pad_id, read_generation_eos, stop_ids
 from megatron_rl.parallel.collect import gather_over_world
 from megatron_rl.rewards.pool import RewardPool, score_groups
@@ -18,7 +19,7 @@ from megatron_rl.workers.sharded_model import DTYPES, ShardedModel
 class Parts:
     """The shared parts of every trainer. Engine and reward workers start when they are first asked for."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config | EvaluationConfig) -> None:
         self.config = config
         self.tokenizer = load_tokenizer(config.model.path)
 
@@ -52,9 +53,9 @@ class Parts:
 
     def push(self, model: ShardedModel, version: int | None = None) -> dict[str, float]:
         """Gives the engine the model's weights, under its own version or another; `sync/*`. Collective."""
-        check = "weight_checksum" not in self.config.guards.ignore
+        ignored = self.config.guards.ignore if isinstance(self.config, TrainerConfig) else []
         version = model.version if version is None else version
-        return push(model.named_hf_weights, self.engine, version, check=check)
+        return push(model.named_hf_weights, self.engine, version, check="weight_checksum" not in ignored)
 
     def close(self) -> None:
         """Ends the reward workers."""

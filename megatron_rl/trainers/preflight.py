@@ -18,15 +18,17 @@ from megatron_rl.config.schema import (
     PRETRAINED,
     RANDOM,
     EmaAxis,
+    EvaluationConfig,
     GrpoConfig,
+    ModelConfig,
     PolicyConfig,
+    RewardConfig,
     RolloutTrainerConfig,
     SdpoConfig,
 )
-from megatron_rl.data.chat import encode_response
 from megatron_rl.data.planner import plan_step
 from megatron_rl.data.sources import TASK_PREFIX
-from megatron_rl.data.tokenizer import load_tokenizer
+from megatron_rl.data.tokenizer import load_tokenizer, read_generation_eos, stop_ids
 from megatron_rl.models.build import weight_map
 from megatron_rl.models.hf_config import ModelShape, check_layout, load_shape, num_parameters, tensor_shapes
 from megatron_rl.models.hf_map import SCALAR_HEAD, WeightMap
@@ -34,9 +36,9 @@ from megatron_rl.rewards.pool import RewardPool
 from megatron_rl.rewards.reasoning import check_task
 from megatron_rl.trainers.correction import read_criteria
 from megatron_rl.trainers.critic import CriticTrainerConfig, critic_model
-from megatron_rl.trainers.data import held_out_prompts, train_examples, train_prompts
+from megatron_rl.trainers.data import held_out_prompts, problems, train_demonstrations, train_prompts
 from megatron_rl.trainers.guards import rules_of
-from megatron_rl.trainers.resume import checkpoint_to_continue, latest_checkpoint
+from megatron_rl.trainers.resume import checkpoint_to_continue
 from megatron_rl.trainers.sdpo import reprompt_options
 from megatron_rl.workers.critic import ROLE
 
@@ -52,20 +54,14 @@ class Findings:
     warnings: list[str]
 
 
-def preflight(config: Config, *, trains: bool = True) -> Findings:
-    """Raises ValueError, in the terms of the config, on what would stop the run; starts no rank and reads no weight.
-
-    What only `trains` may not change since its checkpoint, an evaluation may.
-    """
-    parallel = config.parallel
+def preflight(config: Config | EvaluationConfig) -> Findings:
+    """Raises ValueError, in the terms of the config, on what would stop the run; starts no rank and reads no weight."""
+    if isinstance(config, EvaluationConfig):
+        return _of_evaluation(config)
     if config.log.wandb is not None and importlib.util.find_spec("wandb") is None:
         raise ValueError(f"log.wandb={config.log.wandb!r} needs wandb: pip install wandb, or remove log.wandb")
-    shape = load_shape(config.model.path)
-    check_layout(shape, tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp)
-    _check_weights(config, shape, checkpoint_to_continue(config) if trains else latest_checkpoint(config))
+    tokenizer = _check_model(config, checkpoint_to_continue(config))
     rules_of(config)
-    tokenizer = load_tokenizer(config.model.path)
-    _check_vocabulary(tokenizer, shape)
     lengths, rows = _first_step(config, tokenizer)
     held_out = held_out_prompts(config, tokenizer)
     if isinstance(config, CriticTrainerConfig):
@@ -75,11 +71,7 @@ def preflight(config: Config, *, trains: bool = True) -> Findings:
     if isinstance(config, SdpoConfig):
         reprompt_options(config)
     if isinstance(config, RolloutTrainerConfig) or held_out is not None:
-        _check_tasks(config)
-        reward = config.reward
-        RewardPool(
-            reward.name, reward.options, workers=1, deadline_s=reward.deadline_s, memory_gb=reward.memory_gb
-        ).close()
+        _check_reward(config.reward, config.data.train, config.data.val)
     _plan(config, lengths)
     return Findings(
         parameters=num_parameters(config.model.path),
@@ -90,11 +82,38 @@ def preflight(config: Config, *, trains: bool = True) -> Findings:
     )
 
 
-def _check_tasks(config: Config) -> None:
-    """The reward would refuse every answer to such a task, one by one."""
-    if config.reward.name == "reasoning":
-        for source in (config.data.train, config.data.val or ""):
-            check_task(source.removeprefix(TASK_PREFIX), evaluate=bool(config.reward.options.get("evaluate")))
+def _of_evaluation(config: EvaluationConfig) -> Findings:
+    """What an evaluation would answer; every prompt is looked at."""
+    tokenizer = _check_model(config, None)
+    prompts = problems(config, tokenizer).all()[: config.eval.limit]
+    _check_reward(config.reward, config.data.val)
+    longest = config.eval.max_new_tokens or config.rollout.max_new_tokens
+    return Findings(
+        parameters=num_parameters(config.model.path),
+        train_rows=0,
+        held_out_rows=len(prompts),
+        step_lengths=[len(prompt.token_ids) + longest for prompt in prompts],
+        warnings=[],
+    )
+
+
+def _check_model(config: Config | EvaluationConfig, latest: Path | None) -> PreTrainedTokenizerBase:
+    """The model can be cut as the layout says, has weights, and goes with its tokenizer, which is returned."""
+    parallel = config.parallel
+    shape = load_shape(config.model.path)
+    check_layout(shape, tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp)
+    _check_weights(config.model, shape, latest)
+    tokenizer = load_tokenizer(config.model.path)
+    _check_vocabulary(tokenizer, shape)
+    return tokenizer
+
+
+def _check_reward(reward: RewardConfig, *sources: str | None) -> None:
+    """It can be loaded with its options, and would not refuse every answer to such a task, one by one."""
+    if reward.name == "reasoning":
+        for source in sources:
+            check_task((source or "").removeprefix(TASK_PREFIX), evaluate=bool(reward.options.get("evaluate")))
+    RewardPool(reward.name, reward.options, workers=1, deadline_s=reward.deadline_s, memory_gb=reward.memory_gb).close()
 
 
 def _warnings(config: Config) -> list[str]:
@@ -110,15 +129,15 @@ def _warnings(config: Config) -> list[str]:
     return found
 
 
-def _check_weights(config: Config, shape: ModelShape, latest: Path | None) -> None:
+def _check_weights(model: ModelConfig, shape: ModelShape, latest: Path | None) -> None:
     """The weights to start from, and the checkpoint that the run would continue from, are of this model."""
-    if config.model.weights == PRETRAINED:
+    if model.weights == PRETRAINED:
         names = WeightMap(shape.family.rules, num_layers=shape.num_layers, tied=shape.tied).hf_names()
-        reader = SafetensorsReader(config.model.path)
+        reader = SafetensorsReader(model.path)
         reader.check(names)
-        reader.check_shapes(tensor_shapes(config.model.path))
-    elif config.model.weights != RANDOM:
-        check_model(find_checkpoint(config.model.weights), "actor", shape.identity())
+        reader.check_shapes(tensor_shapes(model.path))
+    elif model.weights != RANDOM:
+        check_model(find_checkpoint(model.weights), "actor", shape.identity())
     if latest is not None:
         check_model(latest, "actor", shape.identity())
 
@@ -161,9 +180,9 @@ def _first_step(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[lis
         prompts = train_prompts(config, tokenizer)
         longest = [len(p.token_ids) + config.rollout.max_new_tokens for p in prompts.next(config.train.batch_size)]
         return [length for length in longest for _ in range(config.rollout.group_size)], len(prompts)
-    examples = train_examples(config, tokenizer)
-    drawn = examples.next(config.train.batch_size)
-    return [len(p.token_ids) + len(encode_response(tokenizer, response)) for p, response in drawn], len(examples)
+    source = train_demonstrations(config, tokenizer, stop_ids(tokenizer, read_generation_eos(config.model.path)))
+    drawn = source.next(config.train.batch_size)
+    return [len(shown.prompt.token_ids) + len(shown.token_ids) for shown in drawn], len(source)
 
 
 def _plan(config: Config, lengths: list[int]) -> list[int]:
@@ -186,15 +205,22 @@ def describe(loaded: Loaded, findings: Findings) -> str:
     config, parallel = loaded.config, loaded.config.parallel
     width = max(map(len, loaded.origins))
     lines = [f"{key:<{width}}  {_value(config, key)!s:<28}  {origin}" for key, origin in loaded.origins.items()]
-    tokens = _plan(config, findings.step_lengths)
     processes = parallel.tp * parallel.pp * (parallel.dp or 1)
+    lines += [
+        "",
+        f"model        {findings.parameters:,} parameters in {config.model.path}",
+        f"layout       tp={parallel.tp} pp={parallel.pp} vpp={parallel.vpp} dp={parallel.dp or 1}: "
+        f"{processes} process(es)",
+    ]
+    if isinstance(config, EvaluationConfig):
+        longest = max(findings.step_lengths)
+        return "\n".join(
+            [*lines, f"data         {findings.held_out_rows} problems, with answers up to {longest} tokens"]
+        )
+    tokens = _plan(config, findings.step_lengths)
     return "\n".join(
         [
             *lines,
-            "",
-            f"model        {findings.parameters:,} parameters in {config.model.path}",
-            f"layout       tp={parallel.tp} pp={parallel.pp} vpp={parallel.vpp} dp={parallel.dp or 1}: "
-            f"{processes} process(es)",
             f"data         {findings.train_rows} rows to train on, {findings.held_out_rows} held out",
             f"first update {len(tokens)} micro-batch(es) per rank, {min(tokens)} to {max(tokens)} tokens of at most "
             f"{config.train.max_tokens_per_micro_batch}",
@@ -202,7 +228,7 @@ def describe(loaded: Loaded, findings: Findings) -> str:
     )
 
 
-def _value(config: Config, key: str) -> object:
+def _value(config: Config | EvaluationConfig, key: str) -> object:
     value: object = config
     for part in key.split("."):
         value = getattr(value, part)

@@ -1,19 +1,18 @@
-"""Supervised fine-tuning on prompt/response pairs: the loss of the response tokens."""
+"""Supervised fine-tuning on responses or conversations: the loss of what is demonstrated, and of nothing else."""
 
 from statistics import fmean
 from typing import Any
 
 from megatron_rl.checkpoint.store import Role
 from megatron_rl.config.schema import SftConfig
-from megatron_rl.data.chat import encode_response
-from megatron_rl.data.samples import from_example
-from megatron_rl.data.sources import ExampleSource
+from megatron_rl.data.demonstrations import DemonstrationSource
+from megatron_rl.data.samples import from_demonstration
 from megatron_rl.metrics.timing import Timer
 from megatron_rl.metrics.types import StepLog
 from megatron_rl.parallel.mesh import Mesh
 from megatron_rl.trainers.audit import audit_padding, audit_samples
 from megatron_rl.trainers.average import kept_average
-from megatron_rl.trainers.data import train_examples
+from megatron_rl.trainers.data import train_demonstrations
 from megatron_rl.trainers.likelihood import likelihood_update
 from megatron_rl.trainers.parts import Parts
 from megatron_rl.trainers.update_metrics import results
@@ -26,27 +25,26 @@ class SftTrainer:
 
     critic: CriticWorker | None = None
 
-    def __init__(self, config: SftConfig, actor: ModelWorker, parts: Parts, source: ExampleSource) -> None:
+    def __init__(self, config: SftConfig, actor: ModelWorker, parts: Parts, source: DemonstrationSource) -> None:
         self.config, self.actor, self.parts, self.source = config, actor, parts, source
         self.average = kept_average(config, actor)
 
     def step(self, step: int, timer: Timer) -> StepLog:
         drawn = self.source.next(self.config.train.batch_size)
-        pairs = [(prompt.token_ids, encode_response(self.parts.tokenizer, response)) for prompt, response in drawn]
-        samples = [from_example(i, *pair) for i, pair in enumerate(pairs)]
+        samples = [from_demonstration(number, shown) for number, shown in enumerate(drawn)]
         with timer("update_actor"):
             metrics = likelihood_update(self.config, self.actor, self.average, samples)
-        lengths = [float(sample.response_length) for sample in samples]
+        lengths = [float(sample.loss_mask.sum()) for sample in samples]
         scalars = {
             **results(metrics),
             "response_length/mean": fmean(lengths),
             "perf/total_num_tokens": float(sum(map(len, samples))),
-            **audit_samples(pairs, samples),
+            **audit_samples([(shown.prompt.token_ids, shown.token_ids) for shown in drawn], samples),
             **audit_padding(self.parts.tokenizer, self.parts.stop),
         }
         records = [
-            {"id": sample.id, "prompt": prompt.index, "response_length": sample.response_length}
-            for sample, (prompt, _) in zip(samples, drawn)
+            {"id": sample.id, "prompt": shown.prompt.index, "response_length": length}
+            for sample, shown, length in zip(samples, drawn, lengths)
         ]
         return StepLog(scalars, {"response_length": lengths}, records)
 
@@ -64,4 +62,4 @@ def build(config: SftConfig, mesh: Mesh) -> SftTrainer:
     """The trainer on this rank."""
     parts = Parts(config)
     actor = ModelWorker(config.model, config.optim, mesh, total_steps=config.train.steps)
-    return SftTrainer(config, actor, parts, train_examples(config, parts.tokenizer))
+    return SftTrainer(config, actor, parts, train_demonstrations(config, parts.tokenizer, parts.stop))

@@ -244,9 +244,58 @@ def test_a_run_that_fits_is_accepted(folder: Path, capsys: pytest.CaptureFixture
     assert "parameters in model" in capsys.readouterr().out
 
 
-def test_evaluation_needs_problems(folder: Path, capsys: pytest.CaptureFixture) -> None:
-    assert main(["eval", "config.yaml"]) == 2
-    assert capsys.readouterr().err == "megatron-rl: eval needs held-out problems: set data.val\n"
+EVALUATIONS = {
+    "no problems": (["config.yaml"], ["eval needs held-out problems: name them after MODEL, or set data.val"]),
+    "no model": (["nothing"], ["MODEL='nothing' is no Hugging Face directory"]),
+    "option of training": (["model", "train.jsonl", "train.steps=2"], ["unknown key 'train.steps' for trainer 'eval'"]),
+    "no such option": (["model", "train.jsonl", "eval.limits=2"], ["did you mean 'eval.limit'"]),
+    "no such data": (["model", "val.jsonl"], ["there is no file 'val.jsonl'"]),
+    "shots without a file": (["model", "train.jsonl", "eval.shots=2"], ["eval.shots=2", "eval.shots_from=None"]),
+    "too few shots": (
+        ["model", "train.jsonl", "eval.shots=11", "eval.shots_from=train.jsonl"],
+        ["eval.shots=11", "has: 10"],
+    ),
+    "shots without responses": (
+        ["model", "train.jsonl", "eval.shots=1", "eval.shots_from=train.jsonl"],
+        ["train.jsonl line 1 has no text 'response'", "eval.shots_response_key"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", EVALUATIONS)
+def test_mistakes_about_an_evaluation(folder: Path, capsys: pytest.CaptureFixture, case: str) -> None:
+    arguments, words = EVALUATIONS[case]
+    assert main(["eval", *arguments]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("megatron-rl: ") and line.count("\n") == 1
+    for word in words:
+        assert word in line, line
+
+
+def test_an_evaluation_has_a_config_of_its_own(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    """It can be checked like any other; and what can be a model gives the right one."""
+    from megatron_rl.trainers.evaluation_config import evaluation_config
+
+    own = "trainer: eval\nmodel: {path: model}\ndata: {val: train.jsonl}\nrun: {dir: measured}\neval: {limit: 3}\n"
+    (folder / "eval.yaml").write_text(own)
+    assert main(["check", "eval.yaml", "rollout.max_new_tokens=4"]) == 0
+    assert "data         3 problems, with answers up to 6 tokens" in capsys.readouterr().out
+    assert main(["train", "eval.yaml"]) == 2
+    assert "trainer=eval trains nothing" in capsys.readouterr().err
+    saved_run(folder)
+    checkpoint = "run/checkpoints/step_00000002"
+    for model, weights, place in (
+        ("model", "pretrained", "runs/eval/model-train"),
+        ("config.yaml", checkpoint, "run/eval/step_00000002-train"),
+        ("run", checkpoint, "run/eval/step_00000002-train"),
+        (checkpoint, checkpoint, "run/eval/step_00000002-train"),
+        ("eval.yaml", "pretrained", "measured"),
+    ):
+        (folder / "run" / "config.yaml").write_text(CONFIG)
+        config = evaluation_config(model, "train.jsonl", ["eval.shots=0", "parallel.dp=2"]).config
+        assert (config.model.path, config.model.weights, config.run.dir) == ("model", weights, place), model
+        assert config.rollout.max_new_tokens == (4 if "run" in weights else 512) and config.parallel.dp == 2
+    assert evaluation_config("model", "train.jsonl", ["run.dir=mine"]).config.run.dir == "mine"
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -37,11 +37,11 @@ def train(cwd: str, config: str, overrides: list[str]) -> None:
 
 def evaluate_run(cwd: str, config: str, overrides: list[str]) -> None:
     """`megatron-rl eval` inside a worker."""
-    from megatron_rl.config.load import load_config
-    from megatron_rl.trainers.evaluate import evaluate
+    from megatron_rl.trainers.evaluation_config import evaluation_config
+    from megatron_rl.trainers.evaluation_run import evaluate
 
     os.chdir(cwd)
-    evaluate(load_config(config, overrides))
+    evaluate(evaluation_config(config, overrides=overrides).config)
 
 
 def train_and_fail(cwd: str, config: str, overrides: list[str]) -> str:
@@ -184,9 +184,12 @@ def test_a_continued_grpo_run_is_the_uninterrupted_one(
     assert not (tmp_path / "whole" / "alarms.jsonl").exists() and not (warm_start / "alarms.jsonl").exists()
     # An evaluation may ask with other options than the run was trained with.
     pool.run(evaluate_run, 1, str(place), config, [*options[1:], "train.batch_size=4", f"run.dir={tmp_path}/whole"])
-    report = json.loads((tmp_path / "whole" / "eval_00000004.json").read_text())
-    assert report["weights"].endswith("step_00000004") and len(report["answers"]) == 20
-    assert report["metrics"] == {name: whole[4][name] for name in whole[4] if name.startswith(("val/", "val_average/"))}
+    summary = json.loads((tmp_path / "whole" / "eval" / "step_00000004-heldout" / "summary.json").read_text())
+    assert summary["weights"].endswith("step_00000004") and summary["val"]["problems"] == 20
+    figures = {
+        key: value for name in ("val", "val_average") for key, value in summary.get(name, {}).get("figures", {}).items()
+    }
+    assert figures == {key: whole[4][key] for key in whole[4] if key.startswith(("val/", "val_average/"))}
     averaged = option == "average.enabled=true"
     for folder in ("hf", "hf_average") if averaged else ("hf",):
         a, b = ((tmp_path / name / folder / "model.safetensors").read_bytes() for name in ("whole", "parts"))

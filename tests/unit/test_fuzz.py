@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 from megatron_rl.checkpoint.hf import SafetensorsReader
 from megatron_rl.cli import main
-from megatron_rl.config.load import _options, load
+from megatron_rl.config.load import load, options_of
 from megatron_rl.config.schema import SCHEMAS
 from megatron_rl.data.sources import ExampleEncoder, PromptEncoder, Source, load_rows
 from megatron_rl.data.tokenizer import load_tokenizer, read_generation_eos
@@ -38,7 +38,7 @@ from megatron_rl.trainers.correction import read_criteria
 from tests.models import ascii_tokenizer, tiny_model, tiny_tokenizer
 
 CASES = {
-    "every option": 2 * sum(len(list(_options(schema))) for schema in SCHEMAS.values()),
+    "every option": 2 * sum(len(list(options_of(schema))) for schema in SCHEMAS.values()),
     "overrides": 250,
     "sections": 150,
     "texts": 350,
@@ -169,14 +169,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("trainer", SCHEMAS)
 def test_every_option_with_any_value(folder: Path, trainer: str) -> None:
     tally = Tally()
-    for option in _options(SCHEMAS[trainer]):
+    for option in options_of(SCHEMAS[trainer]):
         for value in random.Random(f"{trainer} {option}").sample(SCALARS, 2):
             tally.attempt(partial(load, folder / f"{trainer}.yaml", [f"{option}={value}"]))
-    assert tally.total() == 2 * len(list(_options(SCHEMAS[trainer])))
+    assert tally.total() == 2 * len(list(options_of(SCHEMAS[trainer])))
     assert min(tally["accepted"], tally["refused"]) > 10, tally
 
 
-OPTIONS = {trainer: list(_options(schema)) for trainer, schema in SCHEMAS.items()}
+OPTIONS = {trainer: list(options_of(schema)) for trainer, schema in SCHEMAS.items()}
 SECTIONS = sorted({option.split(".")[0] for option in OPTIONS["grpo"]})
 KEYS = st.sampled_from(
     [*OPTIONS["grpo"], *OPTIONS["sft"], *SECTIONS, "base", "data.task.a.b", "optim[lr]", "a..b", "."]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from megatron_rl.config.load import _options
+from megatron_rl.config.load import options_of
 from megatron_rl.config.schema import ExpertIterationConfig, GrpoConfig, SdpoConfig
 from megatron_rl.metrics.rules import RULES, TABLE, Action, chosen_rules
 from megatron_rl.metrics.watch import Alarm, Watch
@@ -336,7 +336,7 @@ def test_figures_and_options_that_rules_name_exist() -> None:
     for name in list(spelled):
         if match := re.fullmatch(r"(.*)\{(.*)\}", name):
             spelled |= {match[1] + part for part in match[2].split(",")}
-    options = {*_options(GrpoConfig), *_options(SdpoConfig), *_options(ExpertIterationConfig)}
+    options = {*options_of(GrpoConfig), *options_of(SdpoConfig), *options_of(ExpertIterationConfig)}
     sections = {option.split(".")[0] for option in options}
     for rule in TABLE:
         for figure in rule.reads:
