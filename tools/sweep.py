@@ -6,6 +6,7 @@ A sweep names a config, or several by case, `a.b=c` overrides for all cases and 
 appends its steps to `curves.csv` in the sweep's folder of results; a run that is there already is not run again, so
 that an interrupted sweep goes on where it stopped. `summary.md` and `curves.png` beside it are made anew each time.
 `figures` names more columns, each with the logged figure that it holds; they get a panel and a final value each.
+In an override `{seed}` is the run's seed, so that a case can start from what an earlier one has left in `runs`.
 """
 
 import argparse
@@ -79,7 +80,8 @@ def run_sweep(path: Path) -> None:
             if (case, seed) in done:
                 continue
             print(f"\n== {path.stem}: {case}, seed {seed}", flush=True)
-            options = [*sweep.get("options", []), *overrides, f"train.seed={seed}"]
+            options = [text.replace("{seed}", str(seed)) for text in [*sweep.get("options", []), *overrides]]
+            options += [f"train.seed={seed}"]
             append(table, case, seed, run(config_of(sweep, case), options, run_directory(sweep, case, seed)), more)
     (results / "summary.md").write_text(summary(table, more=tuple(more)))
     plot_comparison(table, results / "curves.png", title=sweep["title"], more=tuple(more))

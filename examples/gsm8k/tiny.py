@@ -2,13 +2,14 @@
 
     python examples/gsm8k/tiny.py [--seed 1]
 
-writes a model and data to runs/gsm8k_tiny. A problem is a short story around two numbers, to add or to subtract. A
-solution has the form of the r1_zero template: the reasoning, which the prompt has opened, writes the numbers down, and
-the answer is tagged: " 47+38 </think> <answer>85</answer>". In two of three demonstrations of a problem that needs a
-carry (or a borrow) it is forgotten. A model fine-tuned on them reads every story and computes badly.
+writes a model and data to runs/gsm8k_tiny. A problem is a short story around two numbers to add. A solution has the
+form of the r1_zero template: the reasoning, which the prompt has opened, adds the ones and the tens, and the answer is
+tagged: " 7+8=15 4+3=7 </think> <answer>85</answer>". In two of three demonstrations of a problem that needs a carry it
+is forgotten, and the answer is 75. A model fine-tuned on them reads every story, reasons well and answers badly.
 """
 
 import argparse
+import itertools
 import json
 import random
 import re
@@ -24,17 +25,13 @@ OUT = Path("runs/gsm8k_tiny")
 TEMPLATE = (Path(__file__).parent / "tiny_template.txt").read_text()
 
 NAMES = ("Ann", "Ben", "Eve", "Tom")
-THINGS = ("pens", "nuts", "eggs", "keys")
-STORIES = {
-    "+": (
-        "{name} has {a} {things} and buys {b} more. How many {things} has {name} now?",
-        "{name} finds {a} {things} and {other} finds {b}. How many {things} is that?",
-    ),
-    "-": (
-        "{name} has {a} {things} and loses {b} of them. How many {things} are left?",
-        "{name} has {a} {things} and gives {other} {b}. How many {things} are left?",
-    ),
-}
+THINGS = ("figs", "nuts", "eggs", "plums")
+STORIES = (
+    "{name} has {a} {things} and buys {b} more. How many {things} has {name} now?",
+    "{name} finds {a} {things} and {other} finds {b}. How many {things} is that?",
+    "{name} ate {a} {things} and has {b} left. How many {things} were there?",
+    "There are {a} {things} here and {b} there. How many {things} are there?",
+)
 
 PAD, EOS = "<pad>", "</s>"
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -47,37 +44,45 @@ DEMONSTRATIONS, CARELESS = 3, 2  # per training problem, and how many of them fo
 
 @dataclass(frozen=True)
 class Problem:
-    """`a` and `b` have two digits, and the result is not negative."""
+    """Two numbers of two digits, and a story around them."""
 
     a: int
-    operation: str
     b: int
     question: str
 
     @property
+    def ones(self) -> int:
+        return self.a % 10 + self.b % 10
+
+    @property
+    def tens(self) -> int:
+        return self.a // 10 + self.b // 10
+
+    @property
     def result(self) -> int:
-        return self.a + self.b if self.operation == "+" else self.a - self.b
+        return self.a + self.b
 
     @property
     def careless(self) -> int:
-        """Column by column, and what is carried or borrowed is forgotten: 47+38 is 75, and 43-27 is 26."""
-        sign = 1 if self.operation == "+" else -1
-        return 10 * (self.a // 10 + sign * (self.b // 10)) + (self.a + sign * self.b) % 10
+        """What comes of forgetting the carry: 47 and 38 are 75."""
+        return 10 * self.tens + self.ones % 10
+
+    def reasoning(self) -> str:
+        a, b = self.a, self.b
+        return f"{a % 10}+{b % 10}={self.ones} {a // 10}+{b // 10}={self.tens}"
 
     def row(self) -> dict[str, str]:
-        answer = f"{self.a}{self.operation}{self.b}={self.result}\n#### {self.result}"
-        return {"question": self.question, "answer": answer}
+        return {"question": self.question, "answer": f"{self.reasoning()}\n#### {self.result}"}
 
     def response(self, answer: int) -> str:
         """What follows the prompt's <think>."""
-        return f" {self.a}{self.operation}{self.b} </think> <answer>{answer}</answer>"
+        return f" {self.reasoning()} </think> <answer>{answer}</answer>"
 
 
 def vocabulary() -> dict[str, int]:
     """Every token of the template, the stories and the solutions, and its id."""
-    words = "".join(f"{text} " for stories in STORIES.values() for text in stories)
-    words = re.sub(r"\{\w+\}", "", words) + " ".join(["", *NAMES, *THINGS])
-    tokens = {*TAGS, *"0123456789+-", *re.findall(TOKEN, words), *re.findall(TOKEN, TEMPLATE.replace("{question}", ""))}
+    words = re.sub(r"\{\w+\}", "", " ".join([TEMPLATE, *STORIES])) + " ".join(["", *NAMES, *THINGS])
+    tokens = {*TAGS, *"0123456789+=", *re.findall(TOKEN, words)}
     return {token: index for index, token in enumerate([PAD, EOS, *sorted(tokens)])}
 
 
@@ -117,19 +122,17 @@ def make_model(directory: Path, seed: int) -> None:
 
 
 def make_problems(generator: random.Random) -> list[Problem]:
-    """PROBLEMS stories around pairs of numbers that are all different; two of three need a carry or a borrow."""
+    """PROBLEMS stories around pairs of numbers that are all different; two of three need a carry."""
     every = []
-    for operation, stories in STORIES.items():
-        for a in range(10, 100):
-            for b in range(10, 100 if operation == "+" else a + 1):
-                name, other = generator.sample(NAMES, 2)
-                words = {"name": name, "other": other, "things": generator.choice(THINGS)}
-                question = generator.choice(stories).format(a=a, b=b, **words)
-                every.append(Problem(a, operation, b, question))
+    for a, b in itertools.product(range(10, 100), repeat=2):
+        name, other = generator.sample(NAMES, 2)
+        words = {"name": name, "other": other, "things": generator.choice(THINGS)}
+        every.append(Problem(a, b, generator.choice(STORIES).format(a=a, b=b, **words)))
     generator.shuffle(every)
     carried = [problem for problem in every if problem.careless != problem.result]
     plain = [problem for problem in every if problem.careless == problem.result]
-    problems = carried[: PROBLEMS * 2 // 3] + plain[: PROBLEMS - PROBLEMS * 2 // 3]
+    with_carry = PROBLEMS * 2 // 3
+    problems = carried[:with_carry] + plain[: PROBLEMS - with_carry]
     generator.shuffle(problems)
     return problems
 

@@ -12,7 +12,8 @@ POLICY_RULES = (
         floor=0.1,
         severe=True,
         cause="the policy no longer writes what the reward can read, or the reward fails on everything",
-        remedy="read the last responses, look at reward/failed, and go back to the checkpoint before the fall",
+        remedy="read the last responses, look at reward/failed, and go back to the checkpoint before the fall, with a "
+        "lower optim.lr or a longer optim.warmup_steps",
     ),
     Rule(
         name="nothing_kept",
@@ -74,6 +75,16 @@ POLICY_RULES = (
         patience=10,
         cause="updates are too large for the clip range, so that much of the batch teaches nothing",
         remedy="lower optim.lr or train.epochs_per_step, or widen algorithm.clip_high; gspo clips this much by design",
+    ),
+    Rule(
+        name="ppo_kl_high",
+        figures=("actor/ppo_kl",),
+        kind=Kind.above,
+        limit=0.1,
+        patience=3,
+        cause="within one step the policy goes far from what drew its rollouts: too many updates per rollout batch, or "
+        "too large ones, which no clip range holds, since it only ends a token's gradient",
+        remedy="lower train.epochs_per_step, train.mini_batches_per_step or optim.lr, and only then algorithm.clip_high",
     ),
     Rule(
         name="stale_rollouts",

@@ -115,8 +115,10 @@ TABLE = (
         limit=0.95,
         patience=3,
         unless=SOLVED,
-        cause="nearly all advantages are zero: the problems are too hard or too easy, or the reward cannot tell",
-        remedy="change the data's difficulty, raise rollout.group_size, or set algorithm.max_rollout_batches",
+        cause="nearly all advantages are zero: the problems are too hard for this model or too easy, or the reward "
+        "cannot tell",
+        remedy="change the data's difficulty, fine-tune the model on examples first, raise rollout.group_size, or set "
+        "algorithm.max_rollout_batches",
     ),
     Rule(
         name="negative_kl",
@@ -197,8 +199,10 @@ TABLE = (
         limit=1e-9,
         patience=3,
         unless=SOLVED,
-        cause="every response is worth the same, so nothing is learned: the reward reads the wrong field or format",
-        remedy="judge a few responses by hand; check reward.name, reward.options and the data's answers",
+        cause="every response is worth the same, so nothing is learned: the reward reads the wrong field or format, or "
+        "the model is too weak to be right even once",
+        remedy="judge a few responses by hand; check reward.name, reward.options and the data's answers; begin with a "
+        "model that is right now and then",
     ),
     Rule(
         name="same_response",

@@ -133,10 +133,11 @@ def _compare_means(
         if len(seen) < rule.window or fmean(other[half:]) <= fmean(other[:half]):
             return value, None
         return fmean(seen[half:]), fmean(seen[:half]) - rule.limit
-    if len(seen) < rule.window or (rule.kind is Kind.fall and not memory["scale"]):
+    full, mean = len(seen) == rule.window, fmean(seen)
+    if rule.kind is Kind.fall and not (full and memory["scale"]):
         return value, None
-    mean = fmean(seen)
+    # Means of fewer values count at the start of a collapse: an early one leaves no good mean of a whole window.
     best = memory["best"] = max(memory.get("best", mean), mean)
     if rule.kind is Kind.fall:
         return mean, best - rule.limit * memory["scale"]
-    return abs(mean), rule.limit * best if best > rule.floor else None
+    return abs(mean), rule.limit * best if full and best > rule.floor else None

@@ -13,9 +13,15 @@ from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
 
+from megatron_rl.rewards.boxed import boxed
+from megatron_rl.rewards.combined import combined
 from megatron_rl.rewards.exact import exact, numeric
 from megatron_rl.rewards.format import regex
+from megatron_rl.rewards.gsm8k import gsm8k
+from megatron_rl.rewards.math_verify import math_verify
+from megatron_rl.rewards.r1_zero import r1_zero, r1_zero_strict
 from megatron_rl.rewards.reasoning import reasoning
+from megatron_rl.rewards.shaping import length, repetition
 from megatron_rl.types import Reward
 
 RewardFunction = Callable[..., Reward | float]
@@ -25,6 +31,14 @@ REWARDS: dict[str, RewardFunction] = {
     "numeric": numeric,
     "regex": regex,
     "reasoning": reasoning,
+    "r1_zero": r1_zero,
+    "r1_zero_strict": r1_zero_strict,
+    "boxed": boxed,
+    "gsm8k": gsm8k,
+    "math_verify": math_verify,
+    "length": length,
+    "repetition": repetition,
+    "combined": combined,
 }
 
 

@@ -19,10 +19,25 @@ def expected_answer(prompt: Prompt, answer_key: str) -> str:
     return str(prompt.row[answer_key]).strip()
 
 
+def true_answers(prompt: Prompt, answer_key: str) -> list[str]:
+    """The right answers in the prompt's row: one, or each of a list; of GSM8K's form, what follows the last `####`."""
+    value = prompt.row.get(answer_key)
+    texts = [str(item) for item in value] if isinstance(value, list | tuple) else [expected_answer(prompt, answer_key)]
+    answers = [text.rpartition("####")[2].strip() for text in texts]
+    if not answers or "" in answers:
+        raise ValueError(f"{answer_key}={value!r} of row {prompt.index} holds no answer; correct or drop the row")
+    return answers
+
+
+def numbers(text: str) -> list[float]:
+    """The numbers in `text`, thousands separators removed."""
+    return [float(number.replace(",", "").replace("\u2212", "-")) for number in _NUMBER.findall(text)]
+
+
 def last_number(text: str) -> float | None:
-    """The last number in `text`, thousands separators removed; None if there is none."""
-    numbers = _NUMBER.findall(text)
-    return float(numbers[-1].replace(",", "").replace("\u2212", "-")) if numbers else None
+    """The last number in `text`; None if there is none."""
+    found = numbers(text)
+    return found[-1] if found else None
 
 
 def exact(prompt: Prompt, rollout: Rollout, *, answer_key: str = "answer") -> float:

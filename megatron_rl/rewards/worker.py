@@ -7,8 +7,6 @@ Pickles pass between the trainer and the child that it started, over two anonymo
 end of. The reward itself is the user's code with the user's rights; what it prints goes to stderr and is never read.
 """
 
-import inspect
-import math
 import os
 import pickle
 import resource
@@ -16,18 +14,13 @@ import signal
 import struct
 import sys
 import traceback
-from collections.abc import Callable
-from functools import partial
-from numbers import Real
 from typing import Any, BinaryIO
 
-from megatron_rl.rewards import resolve
+from megatron_rl.rewards.loading import as_reward, failed, load_reward
 from megatron_rl.rewards.warden import OUT_OF_MEMORY, fork_under_warden
-from megatron_rl.types import Reward
 
 HEADER = struct.Struct("<Q")
 _GIB = 1 << 30
-_TYPES: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
 
 
 def pack(message: object) -> bytes:
@@ -44,9 +37,10 @@ def main() -> None:
     if (hello := _read(requests)) is None:
         return
     try:
-        *what, memory_gb = hello
+        name, options, path, memory_gb = hello
         limit_memory(memory_gb)
-        judge = load_reward(*what)
+        sys.path += [entry for entry in path if entry not in sys.path]
+        judge = load_reward(name, options)
     except Exception as error:
         _write(replies, (f"{type(error).__name__}: {error}", traceback.format_exc()))
         return
@@ -54,12 +48,12 @@ def main() -> None:
     shown: set[type[Exception]] = set()
     while (job := _read(requests)) is not None:
         try:
-            reward = _as_reward(judge(*job))
+            reward = as_reward(judge(*job))
         except MemoryError:
             # What was half done when it struck (a library's cache, say) would judge the next samples: start afresh.
             os._exit(OUT_OF_MEMORY)
         except Exception as error:
-            reward = _failed(f"error: {type(error).__name__}: {str(error)[:500]}")
+            reward = failed(f"error: {type(error).__name__}: {str(error)[:500]}")
             if type(error) not in shown:  # the reason has no line number, but one traceback of a kind is enough
                 shown.add(type(error))
                 traceback.print_exc()
@@ -112,55 +106,6 @@ def _read(pipe: BinaryIO) -> Any:
 def _write(pipe: BinaryIO, message: object) -> None:
     pipe.write(pack(message))
     pipe.flush()
-
-
-def load_reward(name: str, options: dict[str, Any], path: list[str]) -> Callable[..., object]:
-    """The reward with its options, everything checked that can be checked without a response."""
-    sys.path += [entry for entry in path if entry not in sys.path]
-    function = resolve(name)
-    signature = inspect.signature(function)
-    try:
-        signature.bind("prompt", "rollout", **options)
-    except TypeError as error:
-        raise ValueError(
-            f"reward={name!r} takes {signature} and does not accept the options {options} ({error}); correct them"
-        ) from error
-    for option, value in options.items():
-        _check_option(name, option, value, signature)
-    if prepare := getattr(function, "prepare", None):
-        prepare(**options)
-    return partial(function, **options)
-
-
-def _check_option(name: str, option: str, value: Any, signature: inspect.Signature) -> None:
-    """An option whose parameter is annotated as a plain type is of that type; a whole number is a float, too."""
-    wanted = signature.parameters[option].annotation if option in signature.parameters else None
-    if wanted not in _TYPES:
-        return
-    fits = type(value) is wanted or (wanted is float and type(value) is int)
-    if not fits or (wanted is float and not abs(value) < math.inf):
-        raise ValueError(f"reward={name!r}: the option {option}={value!r} must be {_TYPES[wanted]}; correct it")
-
-
-def _as_reward(result: object) -> Reward:
-    """What the function returned, as a reward of plain floats that the trainer can read without its libraries."""
-    if isinstance(result, Real):
-        result = Reward(value=float(result))
-    if not isinstance(result, Reward) or not isinstance(result.value, Real):
-        return _failed(f"wrong type: {type(getattr(result, 'value', result)).__name__}")
-    value = float(result.value)
-    parts = {name: float(part) for name, part in result.parts.items()}
-    if not all(map(math.isfinite, (value, *parts.values()))):
-        return _failed(result.reason or "not finite", result.feedback)
-    if result.reason is not None:
-        raise ValueError(
-            f"Reward has the finite value {value} and the reason {result.reason!r}; a reason goes with NaN"
-        )
-    return Reward(value=value, parts=parts, feedback=result.feedback)
-
-
-def _failed(reason: str, feedback: str | None = None) -> Reward:
-    return Reward(value=math.nan, reason=reason, feedback=feedback)
 
 
 if __name__ == "__main__":

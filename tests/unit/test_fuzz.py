@@ -33,7 +33,7 @@ from megatron_rl.data.tokenizer import load_tokenizer, read_generation_eos
 from megatron_rl.models.hf_config import load_shape, tensor_shapes
 from megatron_rl.models.hf_map import WeightMap
 from megatron_rl.rewards import REWARDS
-from megatron_rl.rewards.worker import load_reward
+from megatron_rl.rewards.loading import load_reward
 from megatron_rl.trainers.correction import read_criteria
 from tests.models import ascii_tokenizer, tiny_model, tiny_tokenizer
 
@@ -443,7 +443,7 @@ def test_rewards() -> None:
     ]
 
     def check(tally: Tally, name: str, options: dict[str, Any]) -> None:
-        tally.attempt(lambda: load_reward(name, options, []))
+        tally.attempt(lambda: load_reward(name, options))
 
     tally = run("rewards", check, st.sampled_from(names * 4 + others), options)
     assert tally["accepted"] > 5 and tally["refused"] > 100, tally

@@ -140,6 +140,7 @@ def fault(rule: str) -> tuple[dict[str, float], dict[str, int]]:
         "constant_length": ({"response_length/min": 60.0} | unsolved, {"constant_length": ONSET + 4}),
         "is_drift": ({"rollout_corr/rollout_is_mean": 0.6}, {"is_drift": third}),
         "clip_fraction": ({"actor/pg_clipfrac": 0.4}, {"clip_fraction": ONSET + 9}),
+        "ppo_kl_high": ({"actor/ppo_kl": 0.3}, {"ppo_kl_high": third}),
         "stale_rollouts": ({"rollout_corr/k3_kl": 0.06}, {"stale_rollouts": third}),
         "rollout_mismatch": ({"training/rollout_probs_diff_mean": 0.02}, {"rollout_mismatch": third}),
         "d_acc_jump": ({"critic/d_acc": 0.99}, {"d_acc_jump": ONSET, "d_acc_saturated": third}),
@@ -235,6 +236,11 @@ def test_thresholds_of_jumps_distances_and_means() -> None:
     assert judged("zero_reward", "critic/score/mean", [0.09] * 5 + [0.0] * 9) == []
     assert judged("zero_reward", "critic/score/mean", [1.0] * 5 + [-5.0] * 9) == []
     assert judged("zero_reward", "critic/score/mean", [1.0] * 5 + [0.2, 0.0, 0.0, 0.0, 0.0]) == [(10, 0.04, 0.05)]
+    # The first update destroys the policy: no mean of five is good, but that of the first value alone is.
+    assert judged("zero_reward", "critic/score/mean", [0.4] + [0.0] * 9) == [(6, 0.0, 0.02)]
+    assert judged("zero_reward", "critic/score/mean", [0.4] + [0.03] * 9) == []
+    assert judged("zero_reward", "critic/score/mean", [0.09] + [0.0] * 9) == []
+    assert judged("ppo_kl_high", "actor/ppo_kl", [0.3, 0.3, 0.09, 0.2, 0.2, 0.11]) == [(6, 0.11, 0.1)]
     forms, rising, still = [1.0] * 10 + [0.88] * 10, [0.1] * 10 + [0.2] * 10, [0.1] * 20
     assert judged("format_fall", "reward/format", forms, critic__score__mean=rising) == [(20, 0.88, 0.9)]
     assert judged("format_fall", "reward/format", forms, critic__score__mean=still) == []
