@@ -35,9 +35,9 @@ CASES = {
     ],
 }
 FIELDS = ("case", "step", "answers", "reward", "accuracy", "problems", "length", "seconds", "tokens_per_s", "date")
-WINDOW = 5  # steps at either end that are compared
+WINDOW = 3  # steps at either end that are compared
 # 97.5% points of the normal distribution, and of Student's t for the mean of one window and the difference of two.
-NORMAL, T_MEAN, T_DIFFERENCE = 1.960, 2.776, 2.306
+NORMAL, T_MEAN, T_DIFFERENCE = 1.960, 4.303, 2.776
 
 
 def train(case: str, options: list[str], run_dir: Path) -> list[dict[str, Any]]:
