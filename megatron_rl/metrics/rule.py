@@ -13,7 +13,9 @@ class Kind(StrEnum):
     above_start = "above_start"  # x > c s, s the median of the first `window` values
     below_start = "below_start"  # x < c s
     fall = "fall"  # the mean of the last `window` values < the best such mean - c times the largest `scale` so far
-    collapse = "collapse"  # |the mean of the last `window` values| < c times the best such mean, once that is > `floor`;
+    collapse = (
+        "collapse"  # |the mean of the last `window` values| < c times the best such mean, once that is > `floor`;
+    )
     # at the start, means of the first few values are among them
     jump = "jump"  # x > the value before + c
     outside = "outside"  # |x - `center`| > c
