@@ -24,9 +24,10 @@ from megatron_rl.config.load import load_config
 from megatron_rl.config.schema import GrpoConfig
 
 CONFIG = Path("examples/smollm2/grpo_chain_sum.yaml")
-# A processor without bfloat16 instructions takes about eight times as long, so that case has a quarter of the problems.
-# Half a unit in the last place of a bfloat16 weight is 2e-4 and more for most of this model's, so that steps of 1e-5 would
-# leave them where they are; and the engine's log-probabilities are off by up to 0.3, logits of 20 being a multiple of 1/8.
+# A processor without bfloat16 instructions takes about eight times as long, so that case has a quarter of the
+# problems. Half a unit in the last place of a bfloat16 weight is 2e-4 and more for most of this model's, so that
+# steps of 1e-5 would leave them where they are; and the engine's log-probabilities are off by up to 0.3, logits of 20
+# being a multiple of 1/8.
 CASES = {
     "float32": [],
     "bfloat16": [
@@ -102,8 +103,8 @@ def wilson(share: float, n: int) -> tuple[float, float]:
 def comparison(rows: list[dict[str, str]]) -> list[str]:
     """First and last steps, their difference, and the greedy answers: cells of a Markdown table.
 
-    Answers to one problem are alike, so the interval has two bounds: that of independent answers, and the one of answers
-    that are the same for each problem, as many observations as there were problems.
+    Answers to one problem are alike, so the interval has two bounds: that of independent answers, and the one of
+    answers that are the same for each problem, as many observations as there were problems.
     """
     steps = [row for row in rows if row["answers"]]
     shares = [fmean(float(row["reward"]) for row in part) for part in (steps[:WINDOW], steps[-WINDOW:])]
