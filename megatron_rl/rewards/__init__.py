@@ -13,6 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
 
+from megatron_rl.rewards.code import code
 from megatron_rl.rewards.exact import exact, numeric
 from megatron_rl.rewards.format import regex
 from megatron_rl.rewards.reasoning import reasoning
@@ -25,6 +26,7 @@ REWARDS: dict[str, RewardFunction] = {
     "numeric": numeric,
     "regex": regex,
     "reasoning": reasoning,
+    "code": code,
 }
 
 

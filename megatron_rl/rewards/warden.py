@@ -141,7 +141,7 @@ def _let_go_of_pipes() -> None:
 
 def _reap() -> dict[int, int]:
     """The children that have ended, and how."""
-    ended = {}
+    ended: dict[int, int] = {}
     while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)
