@@ -1,8 +1,8 @@
 """Tests as assert statements, judged outside of the program's interpreter.
 
-A program can subvert whatever runs beside it: patch `math.isclose`, return an object that equals everything, leave before
-the tests. So a test is taken apart here. Of `assert f(2) == 4` the sandbox gets `f(2)`, and gives back a value as plain
-data; the comparison, and the 4, stay in this process.
+A program can subvert whatever runs beside it: patch `math.isclose`, return an object that equals everything, leave
+before the tests. So a test is taken apart here. Of `assert f(2) == 4` the sandbox gets `f(2)`, and returns a value as
+plain data; the comparison, and the 4, stay in this process.
 """
 
 import ast
@@ -33,7 +33,7 @@ _LITERALS = (ast.Constant, ast.List, ast.Tuple, ast.Set, ast.Dict, ast.UnaryOp, 
 
 @dataclass(frozen=True, slots=True)
 class Test:
-    """One test: its step in the sandbox, its text, and what the step's value must satisfy (None: that it did not fail)."""
+    """A test: its step in the sandbox, its text, and what the step's value must satisfy (None: that it ran)."""
 
     step: int
     text: str
@@ -109,8 +109,8 @@ def plain(data: Any) -> Any:
 def _split(test: ast.expr) -> tuple[ast.expr, Callable[[Any], bool], str] | None:
     """(what the program computes, whether a value of it passes, what was expected); None where that does not tell all.
 
-    What is sent must not hold what is expected, so it is made of calls and literals, and where just a truth is expected,
-    of one call of literals: `isclose(f(2), 0.5)` is true of every program that patches `isclose`.
+    What is sent must not hold what is expected, so it is made of calls and literals, and where just a truth is
+    expected, of one call of literals: `isclose(f(2), 0.5)` is true of every program that patches `isclose`.
     """
     if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
         return (test.operand, operator.not_, "a false value") if _is_judged_by_truth(test.operand) else None
@@ -120,38 +120,39 @@ def _split(test: ast.expr) -> tuple[ast.expr, Callable[[Any], bool], str] | None
         return (test, operator.truth, "a true value") if _is_judged_by_truth(test) else None
     if len(test.ops) != 1:
         return None
-    compare, sides = _OPERATORS[type(test.ops[0])], [test.left, test.comparators[0]]
-    for place, side in enumerate(sides):
-        literal, value = _constant(side), sides[1 - place]
-        if literal is None:
-            continue
-        other = literal[0]
-        judged = _is_judged_by_truth if other is None or isinstance(other, bool) else _is_calls
-        if not judged(value):
-            return None
-        shown = ("" if isinstance(test.ops[0], ast.Eq) else f"{ast.unparse(test)[:100]}, with ") + ast.unparse(side)
-        if place == 1:
-            return value, lambda got: compare(got, other), shown
-        return value, lambda got: compare(other, got), shown
-    return None
+    compare, left, right = _OPERATORS[type(test.ops[0])], test.left, test.comparators[0]
+    swapped = _constant(right) is None
+    value, side = (right, left) if swapped else (left, right)
+    if (literal := _constant(side)) is None:
+        return None
+    (other,) = literal
+    judged = _is_judged_by_truth if other is None or isinstance(other, bool) else _is_calls
+    if not judged(value):
+        return None
+    shown = ast.unparse(side) if isinstance(test.ops[0], ast.Eq) else ast.unparse(test)
+    return value, lambda got: compare(other, got) if swapped else compare(got, other), shown
 
 
 def _approximate(test: ast.expr) -> tuple[ast.expr, Callable[[Any], bool], str] | None:
     """`abs(call - number) < tolerance` and `math.isclose(call, number, ...)`."""
-    if isinstance(test, ast.Compare) and len(test.ops) == 1 and isinstance(test.ops[0], ast.Lt | ast.LtE):
-        limit = _constant(test.comparators[0])
-        if limit is not None and isinstance(test.left, ast.Call) and ast.unparse(test.left.func) == "abs":
-            (inner,) = test.left.args if len(test.left.args) == 1 else (None,)
-            if isinstance(inner, ast.BinOp) and isinstance(inner.op, ast.Sub) and _is_calls(inner.left):
-                if (number := _constant(inner.right)) is not None:
-                    compare = _OPERATORS[type(test.ops[0])]
-                    return inner.left, lambda got: compare(abs(got - number[0]), limit[0]), ast.unparse(inner.right)
-    if isinstance(test, ast.Call) and ast.unparse(test.func) in ("math.isclose", "isclose") and len(test.args) == 2:
-        number = _constant(test.args[1])
-        options = {keyword.arg: _constant(keyword.value) for keyword in test.keywords}
-        if number is not None and _is_calls(test.args[0]) and all(options.values()) and None not in options:
-            values: dict[str, Any] = {str(name): value[0] for name, value in options.items() if value}
-            return test.args[0], lambda got: math.isclose(got, number[0], **values), ast.unparse(test.args[1])
+    match test:
+        case ast.Compare(
+            ast.Call(ast.Name("abs"), [ast.BinOp(value, ast.Sub(), wanted)], []), [ast.Lt() | ast.LtE() as sign], [most]
+        ):
+            compare, limit = _OPERATORS[type(sign)], _constant(most)
+            number = _constant(wanted)
+            if number is None or limit is None or not _is_calls(value):
+                return None
+            return value, lambda got: compare(abs(got - number[0]), limit[0]), ast.unparse(wanted)
+        case ast.Call(function, [value, wanted], keywords) if ast.unparse(function) in ("isclose", "math.isclose"):
+            number = _constant(wanted)
+            options = {keyword.arg: _constant(keyword.value) for keyword in keywords}
+            if number is None or not _is_calls(value) or not options.keys() <= {"rel_tol", "abs_tol"}:
+                return None
+            values = {str(name): option[0] for name, option in options.items() if option is not None}
+            if len(values) < len(options):
+                return None
+            return value, lambda got: math.isclose(got, number[0], **values), ast.unparse(wanted)
     return None
 
 
@@ -177,14 +178,16 @@ def _is_calls(value: ast.expr) -> bool:
 
 def _constant(node: ast.expr) -> tuple[Any] | None:
     """The value of a literal, or of `set([...])` and the like, in a tuple; None if it is neither."""
-    wrap: Callable[[Any], Any] = lambda value: value  # noqa: E731
+    wrap: Callable[..., Any] | None = None
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _CONTAINERS:
         if len(node.args) > 1 or node.keywords:
             return None
+        wrap = _CONTAINERS[node.func.id]
         if not node.args:
-            return (_CONTAINERS[node.func.id](),)
-        wrap, node = _CONTAINERS[node.func.id], node.args[0]
+            return (wrap(),)
+        node = node.args[0]
     try:
-        return (wrap(ast.literal_eval(node)),)
+        value = ast.literal_eval(node)
+        return (value if wrap is None else wrap(value),)
     except (ValueError, TypeError):
         return None

@@ -16,6 +16,7 @@ from megatron_rl.rewards.sandbox.client import Outcome, Sandbox
 from megatron_rl.types import Prompt, Reward, Rollout
 
 _BLOCK = re.compile(r"^[ \t]*```(?:python|py)[ \t]*\r?\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE | re.IGNORECASE)
+_DEADLY = "the network, starting a process, or reaching into another one"
 _PIECE = 300  # characters of one input, output or value in the feedback
 
 
@@ -112,9 +113,9 @@ def _tests(prompt: Prompt, key: str) -> str | list[tuple[str, str]]:
         tests = "\n".join(tests)
     if isinstance(tests, str) and tests.strip():
         return tests
-    if isinstance(tests, list) and tests and all(isinstance(test, Mapping) for test in tests):
-        if all({"input", "output"} <= set(test) for test in tests):
-            return [(str(test["input"]), str(test["output"])) for test in tests]
+    pairs = tests if isinstance(tests, list) else []
+    if pairs and all(isinstance(test, Mapping) and {"input", "output"} <= set(test) for test in pairs):
+        return [(str(test["input"]), str(test["output"])) for test in pairs]
     raise ValueError(
         f"{key} of row {prompt.index} has no tests: give a list of assert statements, a script of them, or a list of "
         "{input, output}"
@@ -170,7 +171,7 @@ def _verdict(test: Test, outcome: Outcome, limits: _Limits) -> str | None:
         return None
     try:
         value = plain(report["value"])
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return "The program's value is no plain data."
     try:
         if test.holds(value) is True:
@@ -190,7 +191,7 @@ def _shown(value: object) -> str:
 def _problem(outcome: Outcome, step: int, limits: _Limits) -> str | None:
     """What went wrong up to this step, other than its value: a limit, a wall, an error."""
     report = outcome.reports.get(step, {})
-    if outcome.late or outcome.code in (-signal.SIGXCPU, -signal.SIGKILL):
+    if outcome.late or outcome.code in (-signal.SIGXCPU,):
         return None if report and "error" not in report else _time_limit(limits)
     tried = "".join(f"Tried: {_cut(note)}. That is not allowed.\n" for note in outcome.notes[:2])
     if "error" in report:
@@ -199,11 +200,7 @@ def _problem(outcome: Outcome, step: int, limits: _Limits) -> str | None:
         return tried + "The program exited."
     if outcome.code < 0 and not report:
         if outcome.code == -signal.SIGSYS:
-            return (
-                tried
-                + "The program was stopped at a system call that is not allowed: the network, starting a process, "
-                "or reaching into another one."
-            )
+            return f"{tried}The program was stopped at a system call that is not allowed: {_DEADLY}."
         return tried + f"The program crashed with {signal.Signals(-outcome.code).name}."
     return None
 

@@ -1,9 +1,10 @@
-"""Runs programs in the jail and reads what came of it. Trusted: whatever a program reports is a claim, not a verdict."""
+"""Runs programs in the jail and reads what came of it. Trusted: what a program reports is a claim, not a verdict."""
 
 import errno
 import json
 import math
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -48,17 +49,23 @@ class Outcome:
 
 
 class Sandbox:
-    """One jail, which runs one program at a time. `memory_gb`: GiB of address space; `output_mb`: MiB of each output."""
+    """A jail, which runs one program at a time. `memory_gb`: GiB of address space; `output_mb`: MiB of each output."""
 
     def __init__(self, *, memory_gb: float = 1.0, output_mb: float = 1.0) -> None:
         self._memory = int(memory_gb * 1024 * _MIB)
         self._file_size = int(output_mb * _MIB)
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        if hard != resource.RLIM_INFINITY and self._memory > hard:
+            raise ValueError(
+                f"memory_gb={memory_gb} of a program is more than its worker may have ({hard / 1024 / _MIB:g}): "
+                "lower it, or raise reward.memory_gb"
+            )
         package = Path(__file__).parents[2]
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._jail = subprocess.Popen(
                 [sys.executable, "-I", "-S", "-B", "-c", _START, str(package), str(package / "rewards"), _readable()],
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 env={"HOME": "/", "OPENBLAS_NUM_THREADS": "1"},
                 cwd="/",
@@ -91,10 +98,9 @@ class Sandbox:
                 raise RuntimeError(f"the jail has ended with exit code {self._jail.wait()}")
             ending = json.loads(reply)
             if ending["walls"] != "up":
-                missing = ending["walls"] or "the child ended before they stood"
-                raise ValueError(
-                    f"the sandbox has no walls, so nothing was run: this machine does not give it {missing}"
-                )
+                if not ending["walls"]:
+                    raise RuntimeError(f"the jail's child ended with {ending['code']} before it was confined")
+                raise ValueError(f"the sandbox lacks a wall, so nothing was run: no {ending['walls']} on this machine")
             output, report = (_read(file, self._file_size) for file in files[2:])
         finally:
             for file in files:

@@ -1,9 +1,9 @@
 """The kernel's walls around this process: Landlock for files, seccomp for system calls, rlimits for the rest.
 
-None needs a privilege, none can be taken down again, also not by root. Landlock (landlock(7), Linux 5.13) lets nothing be
-opened but what is listed, and that for reading. The seccomp filter (seccomp(2)) knows the system calls that Python needs:
-others fail with EPERM, and those that only an attack makes (a socket, a process, another program, a look into another
-process) kill the process with SIGSYS, which its parent sees and it cannot hide.
+None needs a privilege, none can be taken down again, also not by root. Landlock (landlock(7), Linux 5.13) lets nothing
+be opened but what is listed, and that for reading. The seccomp filter (seccomp(2)) knows the system calls that Python
+needs: others fail with EPERM, and those that only an attack makes (a socket, a process, another program, a look into
+another process) kill the process with SIGSYS, which its parent sees and it cannot hide.
 """
 
 import ctypes
@@ -69,7 +69,7 @@ class WallError(Exception):
 
 
 def raise_walls(readable: Iterable[str], *, memory: int, cpu_s: int, file_size: int) -> None:
-    """Confine this process, which must have one thread, for good. `readable`: files, and folders with what they hold."""
+    """Confine this process, which must have one thread, for good. `readable`: files, and folders with all in them."""
     for limit, value in (
         (resource.RLIMIT_AS, memory),
         (resource.RLIMIT_CPU, cpu_s),
@@ -77,7 +77,8 @@ def raise_walls(readable: Iterable[str], *, memory: int, cpu_s: int, file_size: 
         (resource.RLIMIT_NOFILE, 64),
         (resource.RLIMIT_CORE, 0),
     ):
-        resource.setrlimit(limit, (value, value))
+        # At the soft limit of CPU time comes SIGXCPU, which has a name; a second later SIGKILL.
+        resource.setrlimit(limit, (value, value + (limit == resource.RLIMIT_CPU)))
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
         raise WallError(f"no_new_privs ({_why()})")
