@@ -13,7 +13,9 @@ class Kind(StrEnum):
     above_start = "above_start"  # x > c s, s the median of the first `window` values
     below_start = "below_start"  # x < c s
     fall = "fall"  # the mean of the last `window` values < the best such mean - c times the largest `scale` so far
-    collapse = "collapse"  # |the mean of the last `window` values| < c times the best such mean, once that is > `floor`;
+    collapse = (
+        "collapse"  # |the mean of the last `window` values| < c times the best such mean, once that is > `floor`;
+    )
     # at the start, means of the first few values are among them
     jump = "jump"  # x > the value before + c
     outside = "outside"  # |x - `center`| > c
@@ -85,7 +87,7 @@ class Rule:
             Kind.above_start: f"> {c} x the median of the first {self.window}{least}",
             Kind.below_start: f"< {c} x the median of the first {self.window}",
             Kind.fall: f"mean of the last {self.window} < the best such mean - {c} x the largest `{self.scale}`",
-            Kind.collapse: f"mean of the last {self.window} (at the start, fewer count for the best), without its sign, "
+            Kind.collapse: f"mean of the last {self.window} (fewer count for the best at the start), without sign, "
             f"< {c} x the best such mean, once that is > {self.floor:g}",
             Kind.jump: f"> {c} + the value before",
             Kind.outside: f"more than {c} away from {self.center:g}",
