@@ -96,7 +96,7 @@ POLICY_RULES = (
         patience=3,
         cause="within one step the policy goes far from what drew its rollouts: too many updates per rollout batch, or "
         "too large ones, which no clip range holds, since it only ends a token's gradient",
-        remedy="lower train.epochs_per_step, train.mini_batches_per_step or optim.lr, and only then algorithm.clip_high",
+        remedy="lower train.epochs_per_step, train.mini_batches_per_step or optim.lr, then algorithm.clip_high",
     ),
     Rule(
         name="stale_rollouts",

@@ -88,7 +88,7 @@ class Rule:
             Kind.above_start: f"> {c} x the median of the first {self.window}{least}",
             Kind.below_start: f"< {c} x the median of the first {self.window}",
             Kind.fall: f"mean of the last {self.window} < the best such mean - {c} x the largest `{self.scale}`",
-            Kind.collapse: f"mean of the last {self.window} (at the start, fewer count for the best), without its sign, "
+            Kind.collapse: f"mean of the last {self.window} (fewer count for the best at the start), without sign, "
             f"< {c} x the best such mean, once that is > {self.floor:g}",
             Kind.jump: f"> {c} + the value before",
             Kind.outside: f"more than {c} away from {self.center:g}",

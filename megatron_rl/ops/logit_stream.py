@@ -64,4 +64,7 @@ def add_mm_(total: Tensor, left: Tensor, right: Tensor) -> None:
     if total.dtype == left.dtype:
         total.addmm_(left, right)
     else:
+        if left.is_cpu:
+            # Without bfloat16 instructions torch is about twenty times as fast with the right factor by columns.
+            right = right.t().contiguous().t()
         total.add_(left @ right)

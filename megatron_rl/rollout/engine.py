@@ -14,10 +14,11 @@ from megatron_rl.types import Prompt, RolloutGroup
 class Sampling:
     """How responses are drawn. Temperature 0 is greedy.
 
-    `seed` and `stream` key the random numbers, beside the prompt's place in the call and the response's in its group: a
-    training step is a stream, and so is an evaluation. A call that goes on where others ended says in `first` how many
-    prompts those had. The same keys give the same draws whatever is generated together. A response ends with the first
-    of the texts in `stop` that it holds, and keeps it.
+    `seed` and `stream` key the random numbers, beside the prompt's place in the call and the response's in its group:
+    a training step is a stream, and so is an evaluation. A call that goes on where others ended says in `first` how
+    many prompts those had. The same keys give the same draws whatever is generated together.
+
+    A response ends with the first of the texts in `stop` that it holds, and keeps it.
     """
 
     group_size: int

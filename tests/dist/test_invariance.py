@@ -71,10 +71,10 @@ def make_samples(mode: str) -> list:
                 },
             )
         )
-    return weighed(samples, mode)
+    return weighed(samples, mode, horizon=7.5)
 
 
-# Every policy loss, with bounds that act on some tokens, and the weights that its paper gives to tokens.
+# Every loss of a policy, with bounds that act on some tokens, and the weights that its paper gives to tokens.
 LOSSES: dict[str, tuple[str, dict[str, Any], str]] = {
     "grpo": ("ppo_clip", {"clip_low": 0.2, "clip_high": 0.28}, "token-mean"),
     "ema": ("ppo_clip", {"clip_low": 0.2, "clip_high": 0.28}, "token-mean"),
@@ -86,14 +86,17 @@ LOSSES: dict[str, tuple[str, dict[str, Any], str]] = {
     "dppo_kl": ("dppo_kl", {"clip_low": 2e-3, "clip_high": 2e-3}, "seq-mean-token-sum"),
     "reinforce": ("reinforce", {}, "token-mean"),
     "dro": ("dro", {"beta": 0.3}, "token-mean"),
+    "sft": ("likelihood", {}, "seq-mean-token-sum-norm"),
 }
 
 
 def objective(name: str) -> Any:
-    from megatron_rl.workers.objective import PolicyGradient
+    from megatron_rl.workers.objective import NegativeLogLikelihood, PolicyGradient
     from megatron_rl.workers.smoothing import Smoother
 
     loss, options, _ = LOSSES[name]
+    if loss == "likelihood":
+        return NegativeLogLikelihood()
     return PolicyGradient(
         loss=loss,
         options=options,
@@ -149,7 +152,7 @@ def gradients(
             samples = mask_depends_on_place(samples, plan)
         metrics = worker.forward_backward(samples, plan, objective(name))
         named = {key: value.float().clone() for key, value in worker.named_hf_gradients()}
-        found[name] = (metrics["actor/loss"].result(), named, worker.step().grad_norm)
+        found[name] = (metrics["sft/loss" if name == "sft" else "actor/loss"].result(), named, worker.step().grad_norm)
     return found
 
 

@@ -86,7 +86,8 @@ def reference(folder: Path, aggregation: str) -> tuple[float, float, float, dict
     loss.backward()
     slopes = {name: parameter.grad for name, parameter in model.named_parameters()}
     count = float(mask.sum())
-    return loss.item(), float(nll.sum()) / count, float(entropy.sum()) / count, slopes
+    means = [float(values.detach().sum()) / count for values in (nll, entropy)]
+    return loss.item(), *means, slopes
 
 
 def test_the_loss_is_that_of_a_dense_model(pool: Pool, folder: Path) -> None:

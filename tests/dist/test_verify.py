@@ -20,6 +20,11 @@ run: {{dir: none}}
 """
 CASES = {
     "sft": ("sft", "llama", []),
+    "expert_iteration": (
+        "expert_iteration",
+        "qwen2",
+        ["train.aggregation=seq-mean-token-sum-norm", "train.normalizer=7.5"],
+    ),
     "grpo": ("grpo", "qwen2", ["kl.where=loss", "algorithm.entropy_coeff=0.01", "rollout.temperature=0.8"]),
     "ema": (
         "grpo",

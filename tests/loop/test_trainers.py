@@ -183,12 +183,10 @@ def test_a_continued_grpo_run_is_the_uninterrupted_one(
     assert (tmp_path / "whole" / "learning_curve.png").stat().st_size > 10_000
     assert not (tmp_path / "whole" / "alarms.jsonl").exists() and not (warm_start / "alarms.jsonl").exists()
     # An evaluation may ask with other options than the run was trained with.
-    pool.run(evaluate_run, 1, str(place), config, [*options[1:], "train.batch_size=4", f"run.dir={tmp_path}/whole"])
+    pool.run(evaluate_run, 1, str(place), config, [*options[1:], "eval.chunk=7", f"run.dir={tmp_path}/whole"])
     summary = json.loads((tmp_path / "whole" / "eval" / "step_00000004-heldout" / "summary.json").read_text())
     assert summary["weights"].endswith("step_00000004") and summary["val"]["problems"] == 20
-    figures = {
-        key: value for name in ("val", "val_average") for key, value in summary.get(name, {}).get("figures", {}).items()
-    }
+    figures = summary["val"]["figures"] | summary.get("val_average", {}).get("figures", {})
     assert figures == {key: whole[4][key] for key in whole[4] if key.startswith(("val/", "val_average/"))}
     averaged = option == "average.enabled=true"
     for folder in ("hf", "hf_average") if averaged else ("hf",):

@@ -157,6 +157,38 @@ PPO = GRPO.replace("trainer: grpo", "trainer: ppo")
 @pytest.mark.parametrize(
     "overrides, message",
     [
+        (["train.aggregation=mean"], r"train.aggregation='mean' is not one of token-mean, seq-mean-token-mean, "),
+        (["train.normalizer=3"], r"train.normalizer=3.0 divides the sums .* does not go with .*=token-mean: remove"),
+        (["train.aggregation=seq-mean-token-sum-norm"], r"train.normalizer=None must be a number greater than 0"),
+        (["train.epochs_per_step=0"], r"train.epochs_per_step=0 must be greater than 0"),
+        (["expert.top_k=2"], r"expert.top_k=2 is of expert.keep=top, and expert.keep=correct keeps all"),
+        (["expert.keep=top"], r"expert.top_k=None must be from 1 to rollout.group_size=8"),
+        (["expert.keep=top", "expert.top_k=9"], r"expert.top_k=9 must be from 1 to rollout.group_size=8"),
+        (["expert.min_tokens=600"], r"expert.min_tokens=600 must be from 1 to rollout.max_new_tokens=512"),
+        (["average.rate=0"], r"average.rate=0.0 must be in"),
+        (["algorithm.name=grpo"], r"unknown key 'algorithm.name' .* it belongs to trainer 'grpo'"),
+        (["checkpoint.best=val/accuracy"], r"checkpoint.best='val/accuracy' .* there are none: set data.val"),
+        (["checkpoint.best=accuracy", "data.val=b.jsonl"], r"checkpoint.best='accuracy' must be a figure of eval"),
+        (["checkpoint.best=val/truncated", "data.val=b.jsonl"], r"for which more is better, as val/accuracy"),
+    ],
+)
+def test_mistakes_of_expert_iteration_are_named(file: Path, overrides: list[str], message: str) -> None:
+    file.write_text(GRPO.replace("trainer: grpo", "trainer: expert_iteration"))
+    with pytest.raises(ConfigError, match=message):
+        load_config(file, overrides)
+
+
+def test_expert_iteration_by_itself(file: Path, tmp_path: Path) -> None:
+    """Batches need not divide, sampling may be cut, and a plain config reads back."""
+    file.write_text(GRPO.replace("trainer: grpo", "trainer: expert_iteration"))
+    config = load_config(file, ["train.mini_batches_per_step=3", "rollout.top_p=0.9", "rollout.group_size=1"])
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config and config.expert.min_tokens == 4
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
         (["algorithm.name=grpo"], r"algorithm.advantage=grpo .* has no use for a critic: set algorithm.name=ppo"),
         (["ppo.gamma=0"], r"ppo.gamma=0.0 must be in \(0, 1\]"),
         (["ppo.lam=1.1"], r"ppo.lam=1.1 must be between 0 and 1"),

@@ -130,7 +130,7 @@ def source(path: Path, rows: list[dict], response_key: str | None = "response", 
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     loaded = load_rows(path)
     encoder = DemonstrationEncoder(
-        prompt=PromptEncoder(**{"tokenizer": tokenizer(), "max_prompt_tokens": 60} | prompt),
+        prompt=PromptEncoder(**{"tokenizer": tokenizer(), "max_prompt_tokens": 90} | prompt),
         response_key=response_key,
         stop=STOP,
         conversations=may_be_conversations(loaded, "prompt", response_key),
@@ -161,7 +161,7 @@ def test_rows_of_both_kinds(tmp_path: Path) -> None:
         ([{"prompt": TWO[:3]}], {"response_key": None}, r"line 1: it has no response \(None\)"),
         ([{"prompt": TWO}], {"chat": "never"}, "it is a conversation and data.chat is never"),
         ([{"prompt": TWO}], {"template": "Q: {question}"}, "data.template takes a question that is text"),
-        ([{"prompt": TWO}], {"max_prompt_tokens": 9}, "line 1: the prompt has 57 tokens, more than data.max_prompt"),
+        ([{"prompt": TWO}], {"max_prompt_tokens": 9}, "line 1: the prompt has 42 tokens, more than data.max_prompt"),
         ([{"prompt": TWO, "image": "a.png"}], {}, "'image' is not empty"),
     ],
 )
@@ -173,7 +173,7 @@ def test_rows_that_teach_nothing_are_named(tmp_path: Path, rows: list[dict], opt
 def test_a_long_prompt_is_cut_before_the_first_answer_only(tmp_path: Path) -> None:
     cut, whole = (
         source(tmp_path / f"{most}.jsonl", [{"prompt": TWO}], max_prompt_tokens=most, truncation_side="left").all()[0]
-        for most in (9, 60)
+        for most in (9, 90)
     )
     assert isinstance(cut, Demonstration) and cut.prompt.token_ids == whole.prompt.token_ids[-9:]
     assert (cut.token_ids, cut.learned) == (whole.token_ids, whole.learned)

@@ -63,6 +63,14 @@ train: {{steps: 3, batch_size: 4}}
 run: {{dir: out}}
 """
 
+# It trains nothing.
+MINIMAL_EVALUATION = """
+trainer: eval
+model: {path: model}
+data: {val: test.jsonl}
+run: {dir: out}
+"""
+
 # What people and their editors leave behind, beside what hypothesis thinks of.
 SCALARS = [
     *(
@@ -156,7 +164,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A config for each trainer, a model of each family, and two tokenizers: with a chat template and without."""
     folder = tmp_path_factory.mktemp("fuzz")
     for trainer in SCHEMAS:
-        (folder / f"{trainer}.yaml").write_text(MINIMAL.format(trainer=trainer))
+        text = MINIMAL_EVALUATION if trainer == "eval" else MINIMAL.format(trainer=trainer)
+        (folder / f"{trainer}.yaml").write_text(text)
     for family in ("llama", "qwen2", "qwen3"):
         tiny_tokenizer(tiny_model(folder / family, family), 99)
     ascii_tokenizer(folder / "chat")
@@ -199,7 +208,7 @@ def test_sections_of_any_shape(folder: Path) -> None:
     written = st.dictionaries(KEYS, JSON | st.sampled_from([1, 2, 0.5, True, "none"]), max_size=3)
 
     def check(tally: Tally, trainer: str, changes: dict[str, Any]) -> None:
-        config = yaml.safe_load(MINIMAL.format(trainer=trainer))
+        config = yaml.safe_load((folder / f"{trainer}.yaml").read_text())
         for key, value in changes.items():
             section, _, name = key.partition(".")
             if name and isinstance(config.get(section, {}), dict):
