@@ -11,8 +11,8 @@ make two warm starts, each with a weakness that a reward can find:
     unclosed   the answer's tag is not closed: "12,12</think> <answer>132"
     guess      nothing worked out, and always the same answer: "</think> <answer>100</answer>"
 
-`guesser` is right, but mostly ill-formed, and guesses one time in four. `careless` writes tags every other time, and then
-forgets the carry in seven of eight; without them it is right.
+`guesser` is right, but mostly ill-formed, and guesses one time in four. `careless` writes tags every other time, and
+then forgets the carry in seven of eight; without them it is right.
 """
 
 import argparse

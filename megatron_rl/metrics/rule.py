@@ -40,11 +40,11 @@ class Rule:
     """One thing to watch. Each of `figures` is judged by itself; one that is not logged, or not finite, is passed over.
 
     `patience` is the number of steps in a row on which the condition must hold. `floor` is the least threshold that
-    `above_median` and `above_start` come to. `scale` names the figure that measures a `fall` or what is `ahead`, `against` the one that
-    `parting`, `close` and `ahead` hold a figure against. With `unless` (a figure and a value) the rule keeps silent while that
-    figure is at least the value. With `keep_samples` the step's samples are written beside the alarm. `option` names
-    the option that sets the limit or the patience, where it has one of its own. `severe`: a run that shows this is not
-    worth going on with as it is; what stops a run always is.
+    `above_median` and `above_start` come to. `scale` names the figure that measures a `fall` or what is `ahead`,
+    `against` the one that `parting`, `close` and `ahead` hold a figure against. With `unless` (a figure and a value)
+    the rule keeps silent while that figure is at least the value. With `keep_samples` the step's samples are written
+    beside the alarm. `option` names the option that sets the limit or the patience, where it has one of its own.
+    `severe`: a run that shows this is not worth going on with as it is; what stops a run always is.
     """
 
     name: str
