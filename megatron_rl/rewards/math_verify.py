@@ -1,6 +1,5 @@
 """The verdict of the library math-verify, which reads LaTeX and plain expressions out of free text."""
 
-import logging
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -12,6 +11,8 @@ from megatron_rl.types import Prompt, Reward, Rollout
 @cache
 def library() -> ModuleType:
     """math-verify. It says at every start that its alarm is off, which is as wanted: the pool has the deadline."""
+    import logging  # late, as a worker starts the sooner for it
+
     try:
         import math_verify
     except ImportError as error:

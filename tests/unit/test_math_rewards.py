@@ -1,14 +1,18 @@
 """What the mathematics rewards pay, and what each known way to be paid for nothing is paid."""
 
+import re
 import sys
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megatron_rl.rewards import REWARDS
 from megatron_rl.rewards.boxed import boxes, last_box
 from megatron_rl.rewards.grader import is_equal
 from megatron_rl.rewards.loading import as_reward
+from megatron_rl.rewards.pool import RewardPool
 from megatron_rl.types import Prompt, Rollout
 
 JUDGES = ("r1_zero", "r1_zero_strict", "boxed", "gsm8k", "math_verify")
@@ -275,3 +279,112 @@ def test_the_right_answer_in_the_form_of_gsm8k(name: str) -> None:
 @pytest.mark.parametrize("name", JUDGES)
 def test_the_constant_answer_is_paid_where_it_is_right(name: str) -> None:
     assert [paid(name, IN_FORM[name].format("7"), truth) for truth in ("7", "8", "9")] == [RIGHT, WRONG, WRONG]
+
+
+FULL_WIDTH = "\uff14\uff12"
+NINES = "9" * 10_000
+HALF = (1.0, 0.0)  # the answer, without the form
+
+# Ways to be paid for less than the answer in its form, where that is 42: by r1_zero, r1_zero_strict, boxed and gsm8k.
+HACKS = [
+    ("two boxes", r"\boxed{41} \boxed{42}", NO_FORM, NO_FORM, WRONG, HALF),
+    ("a hedge in a box", r"\boxed{41 or 42}", NO_FORM, NO_FORM, WRONG, HALF),
+    ("a hedge in the line", "#### 41 or 42", NO_FORM, NO_FORM, NO_FORM, WRONG),
+    ("two lines", "#### 41\n#### 42", NO_FORM, NO_FORM, NO_FORM, WRONG),
+    ("text behind the box", r"\boxed{42} I am sure.", NO_FORM, NO_FORM, RIGHT, HALF),
+    ("a number behind the line", "#### 42\nand 7 more", NO_FORM, NO_FORM, NO_FORM, RIGHT),
+    ("an open box", r"\boxed{42", NO_FORM, NO_FORM, NO_FORM, HALF),
+    ("a box in the thought", r"<think>\boxed{42}</think>", NO_FORM, NO_FORM, RIGHT, HALF),
+    ("a line in the thought", "<think>#### 42</think>", NO_FORM, NO_FORM, NO_FORM, RIGHT),
+    ("a number in the thought", "<think>42</think>", NO_FORM, NO_FORM, NO_FORM, HALF),
+    ("quoted tags", f"He wrote {TAGGED.format(41)}. {TAGGED.format(42)}", RIGHT, NO_FORM, NO_FORM, HALF),
+    (
+        "quoted tags with the answer",
+        f"He wrote {TAGGED.format(42)}. {TAGGED.format(41)}",
+        WRONG,
+        NO_FORM,
+        NO_FORM,
+        NO_FORM,
+    ),
+    ("other digits, tagged", TAGGED.format(FULL_WIDTH), RIGHT, RIGHT, NO_FORM, NO_FORM),
+    ("other digits, boxed", rf"\boxed{{{FULL_WIDTH}}}", NO_FORM, NO_FORM, RIGHT, NO_FORM),
+    ("many digits, tagged", TAGGED.format(NINES), WRONG, WRONG, NO_FORM, NO_FORM),
+    ("many digits, boxed", rf"\boxed{{{NINES}}}", NO_FORM, NO_FORM, WRONG, NO_FORM),
+    ("many digits in the line", f"#### {NINES}", NO_FORM, NO_FORM, NO_FORM, WRONG),
+    ("a power, tagged", TAGGED.format("10**10**10"), WRONG, WRONG, NO_FORM, NO_FORM),
+    ("a power, boxed", r"\boxed{10^{10^{10}}}", NO_FORM, NO_FORM, WRONG, NO_FORM),
+    ("deep braces, tagged", TAGGED.format("{" * 5000 + "42" + "}" * 5000), WRONG, WRONG, NO_FORM, HALF),
+    ("deep braces, boxed", r"\boxed{" + "{" * 300 + "42" + "}" * 300 + "}", NO_FORM, NO_FORM, RIGHT, HALF),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), [(row[1], row[2:]) for row in HACKS], ids=[row[0] for row in HACKS])
+def test_what_a_hack_is_paid(text: str, expected: tuple[tuple[float, float], ...]) -> None:
+    assert tuple(paid(name, text) for name in JUDGES[:4]) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (r"\boxed{41} \boxed{42}", WRONG),
+        ("41 or 42", RIGHT),  # the last number: to be trained on, it needs another reward of the form beside it
+        ("#### 41\n#### 42", RIGHT),
+        (r"\boxed{42} I am sure.", RIGHT),
+        ("It is 42. There are 7 days.", WRONG),
+        (r"\boxed{42", NO_FORM),
+        (r"<think>\boxed{42}</think>", RIGHT),
+        (f"He wrote {TAGGED.format(41)}. {TAGGED.format(42)}", NO_FORM),
+        (rf"\boxed{{{NINES}}}", WRONG),
+        (r"\boxed{" * 500 + "42" + "}" * 500, RIGHT),
+    ],
+)
+def test_what_a_hack_is_paid_by_math_verify(text: str, expected: tuple[float, float]) -> None:
+    assert paid("math_verify", text) == expected
+
+
+def test_a_power_that_math_verify_calculates_ends_at_the_deadline() -> None:
+    pytest.importorskip("math_verify", reason="needs the extra megatron_rl[tasks]")
+    prompt = ask("42")
+    with RewardPool("math_verify", workers=1, deadline_s=1.0) as pool:
+        bomb, right = pool.score([(prompt, say(r"\boxed{10^{10^{10}}}")), (prompt, say(r"\boxed{42}"))])
+    assert (bomb.reason, right.value) == ("timeout", 1.0)
+
+
+TAGS = ["<think>", "</think>", " ", "\n", "<answer>", "</answer>", "</think> <answer>", r"\boxed{", "####", "$"]
+MATHS = [
+    "{",
+    "}",
+    "42",
+    "41",
+    ",",
+    "/2",
+    "84",
+    r"\frac",
+    "x",
+    "=",
+    "^",
+    "(",
+    ")",
+    "sqrt",
+    "-",
+    ".",
+    "%",
+    r"\text{",
+    " or ",
+]
+PIECES = st.sampled_from([*TAGS, *MATHS, " apples"])
+TEXTS = st.one_of(
+    st.lists(PIECES | st.text(max_size=3), max_size=12).map("".join),
+    st.lists(PIECES, max_size=6).map(lambda pieces: TAGGED.format("".join(pieces))),
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(TEXTS, st.sampled_from(["42", "1/2", "x+1", r"\sqrt{2}", "(1,42)"]))
+def test_any_text_is_paid_nothing_or_one(text: str, answer: str) -> None:
+    for name in ("r1_zero", "r1_zero_strict", "boxed"):
+        value, form = paid(name, text, answer)
+        assert (value, form) in (RIGHT, WRONG, NO_FORM)
+    assert paid("gsm8k", text)[0] in (0.0, 1.0)
+    if paid("r1_zero_strict", text, answer) == RIGHT:  # stricter, but for the space between the tags
+        assert paid("r1_zero", re.sub(r"</think>\s*<answer>", "</think> <answer>", text), answer) == RIGHT
