@@ -4,7 +4,7 @@
 
 writes a model and data to runs/gsm8k_tiny. A problem is a short story around two numbers to add. A solution has the
 form of the r1_zero template: the reasoning, which the prompt has opened, adds the ones and the tens, and the answer is
-tagged: " 7+8=15 4+3=7 </think> <answer>85</answer>". In two of three demonstrations of a problem that needs a carry it
+tagged: " 7+8=15 4+3=7 </think> <answer>85</answer>". In five of six demonstrations of a problem that needs a carry it
 is forgotten, and the answer is 75. A model fine-tuned on them reads every story, reasons well and answers badly.
 """
 
@@ -39,7 +39,7 @@ TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 TOKEN = rf"{'|'.join(TAGS)}| ?[A-Za-z]+|[\s\S]"
 
 PROBLEMS, HELD_OUT = 4000, 300
-DEMONSTRATIONS, CARELESS = 3, 2  # per training problem, and how many of them forget the carry
+DEMONSTRATIONS, CARELESS = 6, 5  # per training problem, and how many of them forget the carry
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def read_curves(table: Path, figure: str) -> Curves:
 def summary(table: Path, *, target: float = 0.95, more: Sequence[str] = ()) -> str:
     """A Markdown table, a line per case: held-out accuracy at the end, and the first evaluation at the target.
 
-    `more` are further columns, of which the last values are shown.
+    `more` are further columns, of which the last values are shown, where there are any.
     """
     rewards, others = read_curves(table, "reward"), [read_curves(table, column) for column in more]
     titles = ["case", "seeds", f"steps to {target:.0%}", "final accuracy, mean (lowest to highest)", "final reward"]
@@ -44,9 +44,14 @@ def summary(table: Path, *, target: float = 0.95, more: Sequence[str] = ()) -> s
         reached = [step for step in first if step is not None]
         steps = f"{fmean(reached):.0f}" if len(reached) == len(first) else f"{len(reached)} of {len(first)} seeds"
         spread = f"{fmean(curve[last]):.1%} ({min(curve[last]):.1%} to {max(curve[last]):.1%})"
-        finals = [f"{fmean(curves[case][max(curves[case])]):.3f}" for curves in (rewards, *others)]
+        finals = [_final(curves[case]) for curves in (rewards, *others)]
         lines.append(f"| {case} | {len(seeds)} | {steps} | {spread} | {' | '.join(finals)} |")
     return "\n".join(lines) + "\n"
+
+
+def _final(curve: dict[int, list[float]]) -> str:
+    """The mean over seeds at the last step that has the figure; nothing for a case that has no such figure."""
+    return f"{fmean(curve[max(curve)]):.3f}" if curve else ""
 
 
 def plot_comparison(table: Path, out_png: Path, *, title: str, more: Sequence[str] = ()) -> None:
@@ -76,6 +81,8 @@ def plot_comparison(table: Path, out_png: Path, *, title: str, more: Sequence[st
 
 def _draw(panel: Axes, curves: Curves) -> None:
     for place, (case, curve) in enumerate(curves.items()):
+        if not curve:
+            continue
         steps = sorted(curve)
         seeds = max(len(values) for values in curve.values())
         color = COLORS[place % len(COLORS)]

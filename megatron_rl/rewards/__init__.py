@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 from megatron_rl.rewards.boxed import boxed
+from megatron_rl.rewards.code import code
 from megatron_rl.rewards.combined import combined
 from megatron_rl.rewards.exact import exact, numeric
 from megatron_rl.rewards.format import regex
@@ -38,6 +39,7 @@ REWARDS: dict[str, RewardFunction] = {
     "math_verify": math_verify,
     "length": length,
     "repetition": repetition,
+    "code": code,
     "combined": combined,
 }
 

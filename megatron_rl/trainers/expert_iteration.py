@@ -42,7 +42,8 @@ class ExpertIterationTrainer:
             figures = parts.push(self.actor)
         groups = answer(parts, self.source.next(config.train.batch_size), sampling(config, step, 0), timer)
         samples = to_samples(groups)
-        figures |= audit_rollouts(groups, samples, parts.stop) | audit_padding(parts.tokenizer, parts.stop)
+        figures |= audit_rollouts(groups, samples, parts.stop, config.rollout.stop)
+        figures |= audit_padding(parts.tokenizer, parts.stop)
         figures |= self._compare(groups, samples, step, timer)
         kept = kept_answers(groups, config.expert)
         with timer("update_actor"):

@@ -182,7 +182,7 @@ def test_every_option_with_any_value(folder: Path, trainer: str) -> None:
         for value in random.Random(f"{trainer} {option}").sample(SCALARS, 2):
             tally.attempt(partial(load, folder / f"{trainer}.yaml", [f"{option}={value}"]))
     assert tally.total() == 2 * len(list(options_of(SCHEMAS[trainer])))
-    assert min(tally["accepted"], tally["refused"]) > 10, tally
+    assert min(tally["accepted"], tally["refused"]) >= 10, tally
 
 
 OPTIONS = {trainer: list(options_of(schema)) for trainer, schema in SCHEMAS.items()}

@@ -12,6 +12,8 @@ import yaml
 from megatron_rl.cli import main
 from megatron_rl.data.templates import fill_template, load_template
 from megatron_rl.data.tokenizer import load_tokenizer
+from megatron_rl.rewards import resolve
+from megatron_rl.types import Prompt, Reward, Rollout
 from tests.models import ascii_tokenizer
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -36,11 +38,22 @@ def rows(path: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def tagged(response: str) -> str:
-    """The answer of a response in the r1_zero form, the reasoning's tag opened by the prompt."""
-    found = re.fullmatch(r"(?:(?!</?think>|</?answer>).)+</think> <answer>([^<]*)</answer>", response, re.DOTALL)
-    assert found is not None, response
-    return found[1]
+def score(row: dict[str, str], response: str) -> float:
+    """What the configs' reward makes of a response to a row."""
+    prompt = Prompt(index=0, text="", token_ids=(1,), row=row)
+    rollout = Rollout(
+        prompt_index=0,
+        sample_index=0,
+        token_ids=(1,),
+        text=response,
+        log_probs=(0.0,),
+        log_kept_mass=(0.0,),
+        finish_reason="stop",
+        policy_version=0,
+    )
+    reward = resolve("r1_zero_strict")(prompt, rollout)
+    assert isinstance(reward, Reward) and reward.parts["format"] == 1
+    return reward.value
 
 
 def test_tiny_data(tmp_path: Path) -> None:
@@ -56,12 +69,11 @@ def test_tiny_data(tmp_path: Path) -> None:
     for row in train + held_out:
         assert int(row["answer"].rpartition("#### ")[2]) == sum(numbers(row))
     demonstrations = rows(tmp_path / "sft.jsonl")
-    assert len(demonstrations) == 3 * len(train)
+    assert len(demonstrations) == 6 * len(train)
     assert {numbers(row) for row in demonstrations} == {numbers(row) for row in train}
-    off = [sum(numbers(row)) - int(tagged(row["response"])) for row in demonstrations]
-    assert set(off) == {0, 10}
-    # Two of three problems need a carry, and two of three demonstrations of it forget it.
-    assert off.count(10) / len(off) == pytest.approx(4 / 9, abs=0.01)
+    # Two of three problems need a carry, and five of six demonstrations of it forget it.
+    right = [score(row, row["response"]) for row in demonstrations[:900]]
+    assert sum(right) / len(right) == pytest.approx(1 - 2 / 3 * 5 / 6, abs=0.04)
 
 
 def test_the_tiny_tokenizer_gives_every_text_back(tmp_path: Path) -> None:
@@ -77,7 +89,7 @@ def test_the_tiny_tokenizer_gives_every_text_back(tmp_path: Path) -> None:
         for text, tokens in ((prompt, ids), (response, answer)):
             assert tokenizer.pad_token_id not in tokens
             assert tokenizer.decode(tokens, skip_special_tokens=True) == text
-        assert "</think> <answer>" in response and int(tagged(response)) == problem.result
+        assert score(problem.row(), response) == 1 and score(problem.row(), problem.response(problem.careless)) == 0
         for name in STAGES:
             assert len(ids) <= stage[name]["data"]["max_prompt_tokens"]
             assert len(answer) < stage[name]["rollout"]["max_new_tokens"]
@@ -100,12 +112,19 @@ def test_prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
         "answer": "1199",
         "response": " He had 5*240 = $1,200 and spent\n$1. </think> <answer>1199</answer>",
     }
-    assert rows(tmp_path / "out" / "train.jsonl") == [row] and tagged(row["response"]) == row["answer"]
+    assert rows(tmp_path / "out" / "train.jsonl") == [row] and score(row, row["response"]) == 1
     with pytest.raises(ValueError, match="does not end in #### and a number"):
         prepare.convert("q", "It is twelve.\n#### twelve")
 
 
-@pytest.mark.parametrize("model", SIZES)
+@pytest.mark.parametrize(
+    "model",
+    [
+        "qwen2.5_math_1.5b",
+        pytest.param("qwen2.5_0.5b", marks=pytest.mark.full),
+        pytest.param("qwen3_8b", marks=pytest.mark.full),
+    ],
+)
 def test_check_accepts_the_cluster_configs(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
