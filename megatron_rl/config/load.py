@@ -54,7 +54,7 @@ def _unknown(trainer: str, key: str) -> ConfigError:
     owners = [
         other
         for other, schema in SCHEMAS.items()
-        if any(option == key or option.startswith(f"{key}.") for option in options_of(schema))
+        if any(name == key or name.startswith(f"{key}.") for name in options_of(schema))
     ]
     hint = f"; it belongs to trainer {owners[0]!r}" if owners else f"; did you mean {near[0]!r}?" if near else ""
     return ConfigError(f"unknown key {key!r} for trainer {trainer!r}{hint}")

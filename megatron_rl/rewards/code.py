@@ -138,7 +138,7 @@ def _by_output(
         passed.append(problem is None and _lines(outcome.output) == _lines(wanted))
         if not passed[-1] and feedback is None:
             problem = problem or f"Expected output:\n{_cut(wanted)}\nGot:\n{_cut(outcome.output) or '(nothing)'}"
-            feedback = f"Failed on the input:\n{_cut(given)}\n{problem}"
+            feedback = f"{_tried(outcome)}Failed on the input:\n{_cut(given)}\n{problem}"
     if not all(passed) and feedback is None:
         feedback = _time_limit(limits)
     return passed, feedback
@@ -159,7 +159,7 @@ def _by_asserts(
     if not failed:
         return passed, None
     test, verdict = failed[0]
-    return passed, broken or f"Failed: {_cut(test.text)}\n{verdict}"
+    return passed, _tried(outcome) + (broken or f"Failed: {_cut(test.text)}\n{verdict}")
 
 
 def _verdict(test: Test, outcome: Outcome, limits: _Limits) -> str | None:
@@ -193,16 +193,20 @@ def _problem(outcome: Outcome, step: int, limits: _Limits) -> str | None:
     report = outcome.reports.get(step, {})
     if outcome.late or outcome.code in (-signal.SIGXCPU,):
         return None if report and "error" not in report else _time_limit(limits)
-    tried = "".join(f"Tried: {_cut(note)}. That is not allowed.\n" for note in outcome.notes[:2])
     if "error" in report:
-        return tried + _named_error(report, limits)
+        return _named_error(report, limits)
     if "exit" in report and step:
-        return tried + "The program exited."
+        return "The program exited."
     if outcome.code < 0 and not report:
         if outcome.code == -signal.SIGSYS:
-            return f"{tried}The program was stopped at a system call that is not allowed: {_DEADLY}."
-        return tried + f"The program crashed with {signal.Signals(-outcome.code).name}."
+            return f"The program was stopped at a system call that is not allowed: {_DEADLY}."
+        return f"The program crashed with {signal.Signals(-outcome.code).name}."
     return None
+
+
+def _tried(outcome: Outcome) -> str:
+    """What the program tried and may not, also where it caught the error."""
+    return "".join(f"Tried: {_cut(note)}. That is not allowed.\n" for note in outcome.notes[:2])
 
 
 def _named_error(report: Mapping[str, Any], limits: _Limits) -> str:

@@ -54,6 +54,18 @@ def test_more_columns_have_a_panel_and_a_final_value_each(
     assert [line.get_data()[1].tolist() for line in panel.lines] == [[0.5, 0.25], [0.7, 0.1]]
 
 
+def test_a_case_without_a_figure_is_left_out(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = zip(table.read_text().splitlines(), ("kept", "", "0.3", "", "", "", "0.2"), strict=True)
+    table.write_text("".join(f"{row},{value}\n" for row, value in rows))
+    lines = summary(table, more=["kept"]).splitlines()
+    assert lines[2].endswith("| 0.600 | 0.250 |") and lines[3].endswith("| 0.600 |  |")
+    saved: list[matplotlib.figure.Figure] = []
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda figure, *a, **k: saved.append(figure))
+    plot_comparison(table, tmp_path / "c.png", title="t", more=["kept"])
+    (line,) = saved[0].axes[-1].lines
+    assert line.get_label() == "b (2 seeds)" and line.get_data()[1].tolist() == [0.25]
+
+
 def test_line_is_the_mean_and_band_the_range(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[matplotlib.figure.Figure] = []
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda figure, *a, **k: saved.append(figure))

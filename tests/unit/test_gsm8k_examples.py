@@ -72,8 +72,8 @@ def test_tiny_data(tmp_path: Path) -> None:
     assert len(demonstrations) == 6 * len(train)
     assert {numbers(row) for row in demonstrations} == {numbers(row) for row in train}
     # Two of three problems need a carry, and five of six demonstrations of it forget it.
-    right = [score(row, row["response"]) for row in demonstrations]
-    assert sum(right) / len(right) == pytest.approx(1 - 2 / 3 * 5 / 6, abs=0.01)
+    right = [score(row, row["response"]) for row in demonstrations[:900]]
+    assert sum(right) / len(right) == pytest.approx(1 - 2 / 3 * 5 / 6, abs=0.04)
 
 
 def test_the_tiny_tokenizer_gives_every_text_back(tmp_path: Path) -> None:
@@ -117,7 +117,14 @@ def test_prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
         prepare.convert("q", "It is twelve.\n#### twelve")
 
 
-@pytest.mark.parametrize("model", SIZES)
+@pytest.mark.parametrize(
+    "model",
+    [
+        "qwen2.5_math_1.5b",
+        pytest.param("qwen2.5_0.5b", marks=pytest.mark.full),
+        pytest.param("qwen3_8b", marks=pytest.mark.full),
+    ],
+)
 def test_check_accepts_the_cluster_configs(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
