@@ -11,8 +11,8 @@ make two warm starts, each with a weakness that a reward can find:
     unclosed   the answer's tag is not closed: "12,12</think> <answer>132"
     guess      nothing worked out, and always the same answer: "</think> <answer>100</answer>"
 
-`guesser` is right, but mostly ill-formed, and guesses one time in four. `careless` is often wrong where it writes tags,
-since it forgets the carry, and right where it does not.
+`guesser` is right, but mostly ill-formed, and guesses one time in four. `careless` writes tags every other time, and
+then forgets the carry in seven of eight; without them it is right.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def guesser(a: int, b: int) -> list[str]:
 def careless(a: int, b: int) -> list[str]:
     """The demonstrations of one problem, from somebody who is right where no tags are written."""
     total, wrong = task.add(a, b), task.add_without_carrying(a, b)
-    return [formed(a, b, wrong)] * 2 + [formed(a, b, total)] + [untagged(a, b, total)] * 2
+    return [formed(a, b, wrong)] * 7 + [formed(a, b, total)] + [untagged(a, b, total)] * 8
 
 
 def make_data(directory: Path, seed: int) -> None:

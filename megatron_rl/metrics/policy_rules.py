@@ -47,6 +47,18 @@ POLICY_RULES = (
         remedy="read responses with a high reward and a bad format; make the format a condition of the reward",
     ),
     Rule(
+        name="unearned_reward",
+        figures=("critic/score/mean",),
+        kind=Kind.ahead,
+        limit=0.7,
+        patience=5,
+        scale="critic/score/max",
+        against="rollout/correct",
+        cause="nearly all of the reward is paid, and hardly a response is right: something else earns it, such as the "
+        "form alone, and one answer to all problems may do",
+        remedy="read the last responses; pay for right answers only, or for the form much less than for them",
+    ),
+    Rule(
         name="constant_length",
         figures=("response_length/min",),
         kind=Kind.close,

@@ -22,6 +22,7 @@ class Kind(StrEnum):
     drift = "drift"  # |x - the first value| > c
     parting = "parting"  # the mean of half a `window` is c below that of the half before, while `against` rose
     close = "close"  # `against` - x < c
+    ahead = "ahead"  # x > (`against` + c) times the largest `scale` so far
 
 
 LOWER_BOUNDS = frozenset({Kind.below, Kind.below_start, Kind.fall, Kind.collapse, Kind.parting, Kind.close})
@@ -39,11 +40,11 @@ class Rule:
     """One thing to watch. Each of `figures` is judged by itself; one that is not logged, or not finite, is passed over.
 
     `patience` is the number of steps in a row on which the condition must hold. `floor` is the least threshold that
-    `above_median` and `above_start` come to. `scale` names the figure that measures a `fall`, `against` the one that
-    `parting` and `close` hold a figure against. With `unless` (a figure and a value) the rule keeps silent while that
-    figure is at least the value. With `keep_samples` the step's samples are written beside the alarm. `option` names
-    the option that sets the limit or the patience, where it has one of its own. `severe`: a run that shows this is not
-    worth going on with as it is; what stops a run always is.
+    `above_median` and `above_start` come to. `scale` names the figure that measures a `fall` or what is `ahead`,
+    `against` the one that `parting`, `close` and `ahead` hold a figure against. With `unless` (a figure and a value)
+    the rule keeps silent while that figure is at least the value. With `keep_samples` the step's samples are written
+    beside the alarm. `option` names the option that sets the limit or the patience, where it has one of its own.
+    `severe`: a run that shows this is not worth going on with as it is; what stops a run always is.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Rule:
             Kind.parting: f"mean of the last {self.window // 2} < that of the {self.window // 2} before - {c}, while "
             f"that of `{self.against}` rose",
             Kind.close: f"less than {c} below `{self.against}`",
+            Kind.ahead: f"> (`{self.against}` + {c}) x the largest `{self.scale}`",
         }[self.kind]
         return text + steps + unless
 

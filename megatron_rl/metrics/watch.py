@@ -104,6 +104,9 @@ def _compare(
         return value, rule.limit, below
     if rule.kind is Kind.close:
         return row[rule.against] - value, rule.limit, below
+    if rule.kind is Kind.ahead:
+        scale = memory["scale"] = max(memory.get("scale", 0.0), row.get(rule.scale, 0.0))
+        return value, (row[rule.against] + rule.limit) * scale if scale else None, below
     if rule.kind is Kind.jump:
         before, memory["before"] = memory.get("before"), value
         return value, None if before is None else before + rule.limit, below

@@ -86,7 +86,7 @@ def test_a_summary_counts_what_there_is() -> None:
         ("<answer>1</answer> <answer> 2 </answer>", "2"),
         ("<answer>3 and no end", "3 and no end"),
         (r"\boxed{1} then \boxed{\frac{1}{2}} is 5", r"\frac{1}{2}"),
-        (r"\boxed{4} and \boxed{5", "4"),
+        (r"\boxed{4} and \boxed{5", "5"),
         ("I have 3 of -1,200.50", "-1200.5"),
         ("nothing", "(none)"),
     ],

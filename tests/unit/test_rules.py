@@ -32,6 +32,7 @@ def healthy(last: int = 100) -> list[Row]:
             {
                 "critic/score/mean": right,
                 "critic/score/std": math.sqrt(right * (1 - right)),
+                "critic/score/max": 1.0,
                 "rollout/correct": right,
                 "rollout/silent_groups": 0.9 * right**2,
                 "rollout/entropy": entropy,
@@ -137,6 +138,8 @@ def fault(rule: str) -> tuple[dict[str, float], dict[str, int]]:
         "entropy_jump": ({"actor/entropy": 0.6}, {"entropy_jump": ONSET}),
         # Three of the last ten at 0.5 are the first to pull the mean a tenth down; the reward has grown to then.
         "format_fall": ({"reward/format": 0.5}, {"format_fall": third}),
+        # The largest reward is 1, and the mean 0.88: all right answers, or another way to the reward.
+        "unearned_reward": ({"rollout/correct": 0.01}, {"unearned_reward": ONSET + 4}),
         "constant_length": ({"response_length/min": 60.0} | unsolved, {"constant_length": ONSET + 4}),
         "is_drift": ({"rollout_corr/rollout_is_mean": 0.6}, {"is_drift": third}),
         "clip_fraction": ({"actor/pg_clipfrac": 0.4}, {"clip_fraction": ONSET + 9}),
@@ -244,6 +247,15 @@ def test_thresholds_of_jumps_distances_and_means() -> None:
     forms, rising, still = [1.0] * 10 + [0.88] * 10, [0.1] * 10 + [0.2] * 10, [0.1] * 20
     assert judged("format_fall", "reward/format", forms, critic__score__mean=rising) == [(20, 0.88, 0.9)]
     assert judged("format_fall", "reward/format", forms, critic__score__mean=still) == []
+    right, most, least = [0.3, 0.1, 0.0, 0.0, 0.0, 0.1], [2.0] + [1.8] * 5, [-1.0] * 6
+    assert judged(
+        "unearned_reward", "critic/score/mean", [1.7] * 6, rollout__correct=right, critic__score__max=most
+    ) == [(6, 1.7, 1.6)]
+    assert not judged("unearned_reward", "critic/score/mean", [1.7] * 6, critic__score__max=most)
+    for score, best in (([1.4] * 6, most), ([-1.2] * 6, least)):
+        assert not judged(
+            "unearned_reward", "critic/score/mean", score, rollout__correct=right, critic__score__max=best
+        )
     long, short = [9.0] * 12, [9.0] * 3 + [8.0] + [9.0] * 8
     assert judged("constant_length", "response_length/min", short, response_length__max=long) == [(9, 0.0, 0.5)]
     (alarm,) = Watch([RULES["identical_text_gap"]])(7, {"critic/identical_text_gap": 0.4})
