@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_rl.config.load import load_config
+from megatron_rl.config.load import load
 from megatron_rl.config.schema import EvaluationConfig
 from megatron_rl.data.tokenizer import load_tokenizer, pad_id, read_generation_eos, stop_ids
 from megatron_rl.rewards import resolve
@@ -82,7 +82,7 @@ def first_difference(one: Sequence[int], other: Sequence[int]) -> int:
 @torch.no_grad()
 def check(directory: Path, batch: int) -> dict[str, Any]:
     """Prints each difference; the counts."""
-    config = load_config(directory / "config.yaml")
+    config = load(directory / "config.yaml").config
     assert isinstance(config, EvaluationConfig)
     if config.rollout.stop:
         raise SystemExit("this evaluation has texts that end a response (rollout.stop), which generate does not know")

@@ -51,7 +51,11 @@ def _unknown(trainer: str, key: str) -> ConfigError:
     known = list(options_of(SCHEMAS[trainer]))
     near = difflib.get_close_matches(key, known, 1, cutoff=0.6)
     near = near or [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]][:1]
-    owners = [other for other, schema in SCHEMAS.items() if key in set(options_of(schema))]
+    owners = [
+        other
+        for other, schema in SCHEMAS.items()
+        if any(name == key or name.startswith(f"{key}.") for name in options_of(schema))
+    ]
     hint = f"; it belongs to trainer {owners[0]!r}" if owners else f"; did you mean {near[0]!r}?" if near else ""
     return ConfigError(f"unknown key {key!r} for trainer {trainer!r}{hint}")
 

@@ -7,6 +7,7 @@ from statistics import fmean, median
 from typing import Any
 
 from megatron_rl.metrics.intervals import normal, wilson
+from megatron_rl.rewards.boxed import last_box
 from megatron_rl.rewards.exact import last_number
 from megatron_rl.rewards.pool import count_failures
 from megatron_rl.trainers.evaluate import (
@@ -80,18 +81,6 @@ def extracted(response: str) -> str:
         return box.strip()
     number = last_number(response)
     return NO_ANSWER if number is None else f"{number:g}"
-
-
-def last_box(text: str) -> str | None:
-    r"""What the last closed \boxed{...} holds, braces and all."""
-    start = len(text)
-    while (start := text.rfind("\\boxed{", 0, start)) >= 0:
-        depth, begin = 0, start + len("\\boxed")
-        for place in range(begin, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[place], 0)
-            if depth == 0:
-                return text[begin + 1 : place]
-    return None
 
 
 def as_markdown(summary: dict[str, Any]) -> str:

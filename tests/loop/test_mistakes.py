@@ -247,7 +247,7 @@ def test_a_run_that_fits_is_accepted(folder: Path, capsys: pytest.CaptureFixture
 EVALUATIONS = {
     "no problems": (["config.yaml"], ["eval needs held-out problems: name them after MODEL, or set data.val"]),
     "no model": (["nothing"], ["MODEL='nothing' is no Hugging Face directory"]),
-    "option of training": (["model", "train.jsonl", "train.steps=2"], ["unknown key 'train.steps' for trainer 'eval'"]),
+    "option of training": (["model", "train.jsonl", "train.steps=2"], ["for trainer 'eval'; it belongs to"]),
     "no such option": (["model", "train.jsonl", "eval.limits=2"], ["did you mean 'eval.limit'"]),
     "no such data": (["model", "val.jsonl"], ["there is no file 'val.jsonl'"]),
     "shots without a file": (["model", "train.jsonl", "eval.shots=2"], ["eval.shots=2", "eval.shots_from=None"]),

@@ -108,7 +108,7 @@ def test_errors_are_told_with_the_programs_own_lines(code: Code) -> None:
         ("import ctypes\nctypes.string_at(0)", "The program crashed with SIGSEGV."),
         # Limits.
         ("x = bytes(10 << 30)", "The memory limit of 0.25 GiB was reached."),
-        ("x = []\nwhile True: x.append(' ' * (8 << 20))", "The memory limit of 0.25 GiB was reached."),
+        ("x = []\nwhile True: x.append(bytes(8 << 20))", "The memory limit of 0.25 GiB was reached."),
         ("while True: print('x' * 100_000)", "The output limit of 1 MiB was reached."),
         (
             "import ctypes\nctypes.CDLL(None).setrlimit(9, (ctypes.c_ulong * 2)(-1, -1))\nx = bytes(1 << 30)",
@@ -173,8 +173,8 @@ def test_tests_before_the_limit_count(code: Code) -> None:
         "import builtins\nbuiltins.AssertionError = None\ndef f(x): raise SystemExit(0)",
         "import os\nfor n in range(1, 5): os.write(3, b'{\"step\": %d}\\n' % n)\nos._exit(0)",
         'import os\nfor n in range(1, 5): os.write(3, b\'{"step": %d, "value": true}\\n\' % n)\nos._exit(0)',
-        'import os\nfor n in range(1, 5): os.write(3, b\'{"step": %d, "value": ["object", "4", true]}\\n\' % n)\nos._exit(0)',
-        "import os\nos.write(3, b'{' * 100_000)\nos.write(3, b'\\xff\\n[1, 2]\\n\"passed\"\\n')\nprint('passed')\nos._exit(0)",
+        'import os\nfor n in range(1, 5): os.write(3, b\'{"step": %d, "value": ["x", "4", 1]}\\n\' % n)\nos._exit(0)',
+        "import os\nos.write(3, b'{' * 100_000 + b'\\xff\\n[1, 2]\\n\"passed\"\\n')\nprint('passed')\nos._exit(0)",
         'import json\njson.dumps = lambda *a, **k: \'{"step": 1, "value": true}\'\ndef f(x): return 0',
     ],
 )
@@ -195,7 +195,8 @@ def f(x):
         found += [v for v in frame.f_locals.values() if needle in repr(v)[:100_000] and v is not needle]
         frame = frame.f_back
     found += [o for o in gc.get_objects() if isinstance(o, (list, dict, tuple)) and 0 < len(o) < 50
-              and any(type(v) is str and needle in v and v is not needle for v in (o.values() if type(o) is dict else o))]
+              and any(type(v) is str and needle in v and v is not needle
+                      for v in (o.values() if type(o) is dict else o))]
     return [v for v in found if v is not found][:3] and needle
 """
     told = feedback(code, program, [f"assert f(2) == {answer!r}"])
@@ -289,12 +290,12 @@ def test_in_the_pool_a_killed_worker_takes_the_sandbox_with_it() -> None:
     hanging = (replace(prompt, row={"tests": ["assert f(2) == 4"]}), rollout)
     good = (hanging[0], replace(rollout, text=f"```python\n{DOUBLE}\n```"))
     before = jails()
-    with RewardPool("code", {"time_s": 60.0}, workers=2, deadline_s=1.0, memory_gb=2.0) as workers:
+    with RewardPool("code", {"time_s": 60.0}, workers=2, deadline_s=3.0, memory_gb=2.0) as workers:
         rewards = workers.score([good, hanging, good, good])
     assert [reward.reason for reward in rewards] == [None, "timeout", None, None]
     assert [reward.value for reward in rewards if reward.reason is None] == [1.0, 1.0, 1.0]
     assert jails() <= before
-    with pytest.raises(ValueError, match="lower it, or raise reward.memory_gb"):
+    with pytest.raises(ValueError, match=r"lower it, or raise reward\.memory_gb"):
         RewardPool("code", {"memory_gb": 3.0}, workers=1, deadline_s=1.0, memory_gb=2.0)
 
 

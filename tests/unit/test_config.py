@@ -166,7 +166,7 @@ PPO = GRPO.replace("trainer: grpo", "trainer: ppo")
         (["expert.keep=top", "expert.top_k=9"], r"expert.top_k=9 must be from 1 to rollout.group_size=8"),
         (["expert.min_tokens=600"], r"expert.min_tokens=600 must be from 1 to rollout.max_new_tokens=512"),
         (["average.rate=0"], r"average.rate=0.0 must be in"),
-        (["algorithm.name=grpo"], r"unknown key 'algorithm.name' .* it belongs to trainer 'grpo'"),
+        (["algorithm.name=grpo"], r"unknown key 'algorithm(.name)?' .* it belongs to trainer 'grpo'"),
         (["checkpoint.best=val/accuracy"], r"checkpoint.best='val/accuracy' .* there are none: set data.val"),
         (["checkpoint.best=accuracy", "data.val=b.jsonl"], r"checkpoint.best='accuracy' must be a figure of eval"),
         (["checkpoint.best=val/truncated", "data.val=b.jsonl"], r"for which more is better, as val/accuracy"),

@@ -86,7 +86,7 @@ def test_a_summary_counts_what_there_is() -> None:
         ("<answer>1</answer> <answer> 2 </answer>", "2"),
         ("<answer>3 and no end", "3 and no end"),
         (r"\boxed{1} then \boxed{\frac{1}{2}} is 5", r"\frac{1}{2}"),
-        (r"\boxed{4} and \boxed{5", "4"),
+        (r"\boxed{4} and \boxed{5", "5"),
         ("I have 3 of -1,200.50", "-1200.5"),
         ("nothing", "(none)"),
     ],
@@ -143,3 +143,21 @@ def test_examples_come_first(tmp_path: Path) -> None:
     assert text(chat="never", template="Q: {question}") == "Q: 0+1? 1\n\nQ: 1+1? 2\n\nQ: 5+1?"
     turns = "user: 0+1?\nassistant:  1\nuser: 1+1?\nassistant:  2\nuser: 5+1?\nassistant: "
     assert text() == turns
+
+
+def test_what_a_terminal_and_a_pipe_show(capsys: pytest.CaptureFixture) -> None:
+    import io
+
+    from rich.console import Console
+
+    from megatron_rl.metrics.answering import AnsweredBar, display
+
+    lines = display(8, "val")
+    lines.show(2, 0.5)
+    lines.close()
+    assert capsys.readouterr().out == "val: 2/8 problems  accuracy 0.5\n"
+    screen = io.StringIO()
+    bar = AnsweredBar(8, "val", Console(file=screen, force_terminal=True, width=100))
+    bar.show(2, 0.5)
+    bar.close()
+    assert "2/8" in screen.getvalue() and "accuracy 0.5" in screen.getvalue()

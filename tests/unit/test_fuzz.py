@@ -182,7 +182,7 @@ def test_every_option_with_any_value(folder: Path, trainer: str) -> None:
         for value in random.Random(f"{trainer} {option}").sample(SCALARS, 2):
             tally.attempt(partial(load, folder / f"{trainer}.yaml", [f"{option}={value}"]))
     assert tally.total() == 2 * len(list(options_of(SCHEMAS[trainer])))
-    assert min(tally["accepted"], tally["refused"]) > 10, tally
+    assert min(tally["accepted"], tally["refused"]) > tally.total() / 30, tally
 
 
 OPTIONS = {trainer: list(options_of(schema)) for trainer, schema in SCHEMAS.items()}
@@ -306,7 +306,7 @@ def test_rejection_criteria() -> None:
     names = (
         st.sampled_from(["seq_mean_k3", "token_k1", "seq_max_k1", "seq_sum_k2"]) | st.text(max_size=5) | st.integers()
     )
-    bounds = st.floats() | st.lists(JSON | st.floats(0.1, 9), max_size=3) | JSON
+    bounds = st.floats(0.1, 9) | st.floats() | st.lists(JSON | st.floats(0.1, 9), max_size=3) | JSON
 
     def check(tally: Tally, reject: dict[Any, Any]) -> None:
         tally.attempt(lambda: read_criteria(reject), "rollout_correction.reject")

@@ -199,16 +199,16 @@ def test_a_reward_that_cannot_start_is_an_error_at_once(
 
 
 @pytest.mark.parametrize(
-    ("body", "message"),
+    ("body", "seconds", "message"),
     [
-        ("import time; time.sleep(60)", "not ready within start_deadline_s=0.5"),
-        ("import os; os._exit(4)", "exit code 4"),
+        ("import time; time.sleep(60)", 0.5, "not ready within start_deadline_s=0.5"),
+        ("import os; os._exit(4)", 30.0, "exit code 4"),
     ],
 )
-def test_a_module_that_hangs_or_exits_at_import(tmp_path: Path, body: str, message: str) -> None:
+def test_a_module_that_hangs_or_exits_at_import(tmp_path: Path, body: str, seconds: float, message: str) -> None:
     (tmp_path / "slow.py").write_text(body)
     with pytest.raises(ValueError, match=message):
-        RewardPool(f"{tmp_path}/slow.py:f", workers=1, deadline_s=1.0, start_deadline_s=0.5)
+        RewardPool(f"{tmp_path}/slow.py:f", workers=1, deadline_s=1.0, start_deadline_s=seconds)
 
 
 def test_settings_are_checked() -> None:
