@@ -12,7 +12,7 @@ make two warm starts, each with a weakness that a reward can find:
     guess      nothing worked out, and always the same answer: "</think> <answer>100</answer>"
 
 `guesser` is right, but mostly ill-formed, and guesses one time in four. `careless` writes tags every other time, and
-then forgets the carry in seven of eight; without them it is right.
+then forgets the carry in fifteen of sixteen; without them it is right.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def guesser(a: int, b: int) -> list[str]:
 def careless(a: int, b: int) -> list[str]:
     """The demonstrations of one problem, from somebody who is right where no tags are written."""
     total, wrong = task.add(a, b), task.add_without_carrying(a, b)
-    return [formed(a, b, wrong)] * 7 + [formed(a, b, total)] + [untagged(a, b, total)] * 8
+    return [formed(a, b, wrong)] * 15 + [formed(a, b, total)] + [untagged(a, b, total)] * 16
 
 
 def make_data(directory: Path, seed: int) -> None:
