@@ -364,7 +364,12 @@ def test_rules_can_be_switched_off_and_made_to_stop(pool: Pool, folder: Path, pa
         (nothing, "tp", [], {}),
         (same_prompt, "dp", ["teacher.mode=live"], {"teacher_is_student": 3}),
         (strange_teacher, "tp", [], {"teacher_is_lost": 5}),
-        (nothing, "pp", ["reward.name=judge.py:constant"], {"no_targets": 3, "constant_reward": 3}),
+        (
+            nothing,
+            "pp",
+            ["reward.name=judge.py:constant"],
+            {"no_targets": 3, "constant_reward": 3, "unearned_reward": 5},
+        ),
         (nothing, "dp", ["distill.topk=2"], {"topk_mass_low": 3}),
     ],
     ids=["healthy", "same_prompt", "strange_teacher", "no_success", "short_list"],

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -90,8 +90,11 @@ def started(place: Path, run_dir: Path) -> Iterator[tuple[subprocess.Popen, list
 def wait_for_ranks(run: subprocess.Popen) -> list[psutil.Process]:
     deadline = time.monotonic() + 120
     while run.poll() is None and time.monotonic() < deadline:
-        # Between its fork and its exec a child looks like its parent.
-        ranks = {child.environ().get("RANK"): child for child in psutil.Process(run.pid).children()}
+        # Between its fork and its exec a child looks like its parent; a helper of the start may be gone when asked.
+        ranks = {}
+        for child in psutil.Process(run.pid).children():
+            with suppress(psutil.NoSuchProcess):
+                ranks[child.environ().get("RANK")] = child
         if {"0", "1"} <= ranks.keys():
             return [ranks["0"], ranks["1"]]
         time.sleep(0.1)

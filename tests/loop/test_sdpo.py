@@ -81,7 +81,8 @@ def test_the_teacher_moves_and_is_measured(pool: Pool, options: list[str], tmp_p
     assert [row["teacher/updates"] for row in rows[1:]] == [2, 4, 6, 8]
     assert (tmp_path / "run" / "hf_average" / "model.safetensors").exists()
     pool.run(evaluate_run, 1, str(ROOT), CONFIG, [*options, f"run.dir={tmp_path}/run"])
-    report = json.loads((tmp_path / "run" / "eval_00000004.json").read_text())["metrics"]
+    summary = json.loads((tmp_path / "run" / "eval" / "step_00000004-heldout" / "summary.json").read_text())
+    report = summary["val"]["figures"] | summary["val_average"]["figures"]
     assert report == {name: rows[-1][name] for name in rows[-1] if name.startswith(("val/", "val_average/"))}
     assert report["val/accuracy"] != report["val_average/accuracy"]
 
