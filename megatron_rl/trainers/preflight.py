@@ -5,8 +5,10 @@ it saw.
 """
 
 import importlib.util
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -110,10 +112,22 @@ def _check_model(config: Config | EvaluationConfig, latest: Path | None) -> PreT
 
 def _check_reward(reward: RewardConfig, *sources: str | None) -> None:
     """It can be loaded with its options, and would not refuse every answer to such a task, one by one."""
-    if reward.name == "reasoning":
-        for source in sources:
-            check_task((source or "").removeprefix(TASK_PREFIX), evaluate=bool(reward.options.get("evaluate")))
+    for name, options in _judges(reward.name, reward.options):
+        if name == "reasoning":
+            for source in sources:
+                check_task((source or "").removeprefix(TASK_PREFIX), evaluate=bool(options.get("evaluate")))
     RewardPool(reward.name, reward.options, workers=1, deadline_s=reward.deadline_s, memory_gb=reward.memory_gb).close()
+
+
+def _judges(name: str, options: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The reward, or those that a combined one is the sum of; what is not a reward is left to the pool to refuse."""
+    listed = options.get("rewards") if name == "combined" else None
+    if not isinstance(listed, Sequence):
+        yield name, options
+        return
+    for item in listed:
+        if isinstance(item, Mapping):
+            yield from _judges(str(item.get("name")), item.get("options") or {})
 
 
 def _warnings(config: Config) -> list[str]:

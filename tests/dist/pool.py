@@ -106,7 +106,6 @@ class Pool:
     def close(self) -> None:
         for process, pipe in self.workers:
             pipe.close()
-            process.join(timeout=5)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.join()

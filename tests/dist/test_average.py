@@ -232,12 +232,17 @@ def save_and_go_on(model: str, layout: dict, directory: str, load: str | None) -
     return decays, saved, exported(average), tied_copies(average)
 
 
-def test_it_goes_on_bit_by_bit_and_under_other_layouts(pool: Pool, model: str, tmp_path: Path) -> None:
-    """TP2, saved, to DP2, TP2xPP2 and back to TP2: the same average, also where it alone is read; the same schedule."""
+@pytest.mark.parametrize(
+    "layouts", [("tp2pp2",), pytest.param(("tp2", "dp2", "tp2pp2", "tp2"), marks=pytest.mark.full)]
+)
+def test_it_goes_on_bit_by_bit_and_under_other_layouts(
+    pool: Pool, model: str, tmp_path: Path, layouts: tuple[str, ...]
+) -> None:
+    """From TP2, saved, to each in turn: the same average, also where it alone is read; the same schedule."""
     places = [str(tmp_path / str(place)) for place in range(5)]
     decays, saved, later, _ = pool.run(save_and_go_on, 2, model, {"tp": 2}, places[0], None)[0]
     assert decays == [1 - (1 + n) ** -0.75 for n in (3, 4)]
-    for before, place, layout in zip(places, places[1:], ("tp2", "dp2", "tp2pp2", "tp2")):
+    for before, place, layout in zip(places, places[1:], layouts):
         world, options = LAYOUTS[layout]
         for found in pool.run(save_and_go_on, world, model, options, place, before):
             assert found[0] == decays

@@ -235,6 +235,7 @@ def learned(directory: str, options: dict, steps: int) -> list[tuple[float, floa
     return [*history, measured(slope(batch))]
 
 
+@pytest.mark.full
 def test_length_is_taken_out_of_scores(pool: Pool, model: str) -> None:
     """Held-out pairs are told apart; the length tells them too, unless it is taken out."""
     (before, _), (after, correlation) = pool.run(learned, 1, model, {}, 30)[0]

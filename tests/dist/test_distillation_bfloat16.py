@@ -99,7 +99,8 @@ def distilled(student: str, teacher: str, layout: dict, dtype: str) -> tuple[dic
     return found, torch.cat([hidden[i] for i in range(SEQUENCES)]).float()
 
 
-@pytest.mark.parametrize("sizes", [(1, 2), pytest.param((1, 2, 4), marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("sizes", [(1, 2), (1, 2, 4)])
 def test_the_ids_of_a_bfloat16_model(pool: Pool, tmp_path: Path, record_property: Any, sizes: tuple[int, ...]) -> None:
     """99% of them are the same under every tensor-parallel size. If float32 lists others, logits are almost equal."""
     from transformers import AutoModelForCausalLM

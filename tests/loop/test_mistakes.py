@@ -136,6 +136,17 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
         ],
         ["'puzzle24'", "reward.options.evaluate=true"],
     ),
+    "such a task in a combined reward": (
+        lambda folder: None,
+        [
+            "data.train=reasoning-gym:puzzle24",
+            "data.task.size=2",
+            "reward.name=combined",
+            "reward.options.rewards=[{name: length, weight: 0.1}, {name: reasoning}]",
+            "data.max_prompt_tokens=999",
+        ],
+        ["'puzzle24'", "evaluate=true"],
+    ),
     "weights that are nowhere": (
         lambda folder: None,
         ["model.weights=runs/none"],
