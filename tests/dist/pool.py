@@ -36,8 +36,12 @@ def _serve(rank: int, port: int, pipe: Connection) -> None:
     import torch
     import torch.distributed as dist
 
+    import megatron_rl.trainers.run  # noqa: F401  with all that jobs import
     from megatron_rl.parallel.mesh import destroy_mesh
 
+    # A million objects of imported modules, which no job has to walk through again.
+    gc.collect()
+    gc.freeze()
     os.setpgid(0, 0)  # what a job starts must not outlive this process
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port)

@@ -79,6 +79,7 @@ def test_the_policy_rests_while_the_critic_warms_up(pool: Pool, options: list[st
     assert rows[1]["critic/d_loss"] != rows[2]["critic/d_loss"]
 
 
+@pytest.mark.full
 def test_layouts_take_the_same_steps(pool: Pool, options: list[str], tmp_path: Path) -> None:
     more = ["train.steps=2", "discriminator.sft_steps=0", "discriminator.warmup_steps=0"]
     more += ["train.mini_batches_per_step=2"]

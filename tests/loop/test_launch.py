@@ -139,6 +139,7 @@ def test_a_second_signal_ends_the_run_at_once(place: Path, tmp_path: Path) -> No
         assert run.wait(timeout=30) == 128 + signal.SIGTERM
 
 
+@pytest.mark.full
 def test_a_lost_rank_is_named_with_its_place(place: Path, tmp_path: Path) -> None:  # noqa: F811
     with started(place, tmp_path / "run") as (run, ranks):
         wait_for_a_step(run, tmp_path / "run")

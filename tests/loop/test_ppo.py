@@ -84,6 +84,7 @@ def test_the_critic_learns_alone_at_first(pool: Pool, options: list[str], tmp_pa
     assert config["architectures"] == ["LlamaForSequenceClassification"] and config["id2label"] == {"0": "value"}
 
 
+@pytest.mark.full
 def test_the_exported_critic_is_a_classifier_and_a_critic_to_start_from(
     pool: Pool, options: list[str], tmp_path: Path
 ) -> None:

@@ -118,8 +118,16 @@ def test_a_batch_without_targets_changes_nothing(pool: Pool, options: list[str],
             marks=pytest.mark.full,
         ),
         # The third batch comes after the checkpoint.
-        ("parallel.dp=2", ["teacher.mode=frozen", "teacher.refresh_every=3", "distill.weight=0.5"]),
-        ("parallel.dp=2", ["teacher.schedule=warmup", "teacher.every=step", "reprompt.choice=random"]),
+        pytest.param(
+            "parallel.dp=2",
+            ["teacher.mode=frozen", "teacher.refresh_every=3", "distill.weight=0.5"],
+            marks=pytest.mark.full,
+        ),
+        pytest.param(
+            "parallel.dp=2",
+            ["teacher.schedule=warmup", "teacher.every=step", "reprompt.choice=random"],
+            marks=pytest.mark.full,
+        ),
     ],
 )
 def test_a_continued_run_is_the_uninterrupted_one(
@@ -135,6 +143,7 @@ def test_a_continued_run_is_the_uninterrupted_one(
     assert a == b
 
 
+@pytest.mark.full
 def test_a_teacher_is_refreshed(pool: Pool, options: list[str], tmp_path: Path) -> None:
     """Of the batches in which the actor moved every second; the average's own updates are the others."""
     more = ["parallel.dp=2", "teacher.refresh_every=2", "eval.every=2"]
