@@ -1,4 +1,4 @@
-"""Four processes that live for the whole test session and become any layout a test asks for.
+"""Up to four processes that live for the whole test session and become any layout a test asks for.
 
 Importing torch, transformers and megatron-core costs seconds, so a launch per case would cost more than the cases.
 `pool.run(function, world, ...)` calls a module-level function on ranks 0..world-1 of a fresh gloo world and returns
@@ -62,7 +62,7 @@ def _serve(rank: int, port: int, pipe: Connection) -> None:
 
 
 class Pool:
-    """The workers; started at the first job, and again after a failure (a rank may be stuck in a collective)."""
+    """The workers; started when a job needs them, and again after a failure (a rank may be stuck in a collective)."""
 
     def __init__(self) -> None:
         self.workers: list[tuple[Any, Connection]] = []
@@ -70,10 +70,10 @@ class Pool:
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.jobs = 0
 
-    def _start(self) -> None:
+    def _start(self, world: int) -> None:
         os.environ["OMP_NUM_THREADS"] = "1"
         context = multiprocessing.get_context("spawn")
-        for rank in range(SIZE):
+        for rank in range(len(self.workers), world):
             here, there = context.Pipe()
             process = context.Process(target=_serve, args=(rank, self.store.port, there))
             process.start()
@@ -84,8 +84,8 @@ class Pool:
         self, function: Callable[..., Any], world: int, *args: Any, timeout_s: float = 180.0, **kwargs: Any
     ) -> list:
         """What ranks 0..world-1 return. A failure on any rank fails the test with that rank's traceback."""
-        if not self.workers:
-            self._start()
+        assert world <= SIZE
+        self._start(world)
         self.jobs += 1
         pipes = [pipe for _, pipe in self.workers[:world]]
         for pipe in pipes:

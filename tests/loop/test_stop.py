@@ -1,19 +1,16 @@
-"""Runs that are asked to stop, and runs in which a rank hangs: whole trainers, faults planted on one rank."""
+"""Runs that are asked to stop: whole trainers, faults planted on one rank."""
 
 import contextlib
 import io
 import os
-import re
 import signal
 import time
 from collections.abc import Callable, Set
 from pathlib import Path
 
 import psutil
-import pytest
 import torch.distributed as dist
 
-from megatron_rl.parallel.stop import HUNG
 from tests.dist.pool import Pool
 from tests.loop.test_trainers import QUICKSTART, place, steps, train  # noqa: F401
 
@@ -77,23 +74,6 @@ def test_one_rank_is_asked_and_all_stop_at_the_boundary(pool: Pool, place: Path,
     assert latest.read_text() == "step_00000003\n" and (tmp_path / "run" / "hf" / "model.safetensors").exists()
 
 
-def hang_in_a_loop() -> None:
-    while True:
-        time.sleep(0.01)
-
-
-def stand_still() -> None:
-    time.sleep(1)  # a few records of where that was
-    os.kill(os.getpid(), signal.SIGSTOP)
-
-
-def train_and_hang(fault: Callable[[], object], cwd: str, overrides: list[str], said: str) -> None:
-    """A run that does not return. It speaks into a file, for the worker's own streams are the test session's."""
-    with Path(said).open("w") as errors:
-        os.dup2(errors.fileno(), 2)
-        train_with(fault, 2, cwd, overrides)
-
-
 def processes_in(folder: Path) -> set[psutil.Process]:
     """What works there, a zombie's folder being unknown."""
     return {process for process in psutil.process_iter(["cwd"]) if process.info["cwd"] == str(folder)}
@@ -107,49 +87,3 @@ def nothing_is_left(folder: Path, before: Set[psutil.Process] = frozenset()) -> 
             return False
         time.sleep(0.1)
     return True
-
-
-@pytest.mark.parametrize(
-    ("fault", "codes", "first_line", "stack"),
-    [
-        (
-            hang_in_a_loop,
-            [HUNG, HUNG],
-            "megatron-rl: rank 1 has made no progress for 5 s: step 2, phase step; the run ends .run.hang_timeout",
-            ["in hang_in_a_loop", "time.sleep(0.01)", "in _step"],
-        ),
-        pytest.param(
-            stand_still,
-            [HUNG, -signal.SIGKILL],
-            "megatron-rl: rank 1 has given no sign of life for [345] s: last seen in step 2, phase step on ",
-            [],
-            marks=pytest.mark.full,
-        ),
-    ],
-)
-def test_a_run_in_which_a_rank_hangs_ends_and_names_it(
-    pool: Pool,
-    place: Path,  # noqa: F811
-    tmp_path: Path,
-    fault: Callable[[], object],
-    codes: list[int],
-    first_line: str,
-    stack: list[str],
-) -> None:
-    """With its stack where its interpreter still runs; nothing is left of the run, and only one rank speaks."""
-    shared_memory = set(os.listdir("/dev/shm"))
-    options = [*OPTIONS, "train.steps=3", "run.hang_timeout_s=5", f"run.dir={tmp_path}/run"]
-    with pytest.raises(EOFError):  # a worker is gone
-        pool.run(train_and_hang, 2, fault, str(place), options, str(tmp_path / "said"))
-    ranks = [process for process, _ in pool.workers[:2]]
-    for rank in ranks:
-        rank.join(timeout=10)
-    pool.close()
-    assert [rank.exitcode for rank in ranks] == codes
-    said = (tmp_path / "said").read_text()
-    assert said.count("megatron-rl: ") == 1 and re.search(first_line, said)
-    assert "  rank 0, step 2, phase update_actor: waits for others" in said
-    assert all(line in said for line in stack) and "Traceback" not in said
-    assert [row["step"] for row in steps(tmp_path / "run")] == [0, 1]
-    assert nothing_is_left(place)
-    assert set(os.listdir("/dev/shm")) <= shared_memory
