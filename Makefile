@@ -33,7 +33,9 @@ quickstart: venv ## Teach a small model a task and plot its learning curve (SEED
 	$(VENV)/bin/python examples/quickstart/quickstart.py --seed $(SEED) --layout $(LAYOUT)
 
 test: venv ## The tests that every change must pass
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not full"
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not full" -n 2 --dist loadfile \
+		--ignore tests/dist --ignore tests/loop
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not full" tests/dist tests/loop
 
 test-full: venv ## The long comparisons and matrices
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m full

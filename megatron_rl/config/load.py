@@ -1,5 +1,6 @@
 """From a YAML file and `a.b=c` overrides to a checked config object, or one sentence that says what is wrong."""
 
+import copy
 import dataclasses
 import difflib
 import functools
@@ -68,21 +69,19 @@ def _reason(error: Exception) -> str:
 
 @functools.cache
 def _defaults(trainer: str) -> DictConfig:
-    """The schema and its defaults; merging copies them."""
+    """The schema and its defaults, to be copied."""
     defaults = OmegaConf.structured(SCHEMAS[trainer])
     assert isinstance(defaults, DictConfig)
     return defaults
 
 
-def _merge(config: DictConfig, layer: Layer, trainer: str) -> DictConfig:
+def _merge(config: DictConfig, layer: Layer, trainer: str) -> None:
     try:
-        merged = OmegaConf.merge(config, layer.options)
+        config.merge_with(layer.options)
     except ConfigKeyError as error:
         raise _unknown(trainer, str(error.full_key)) from error
     except (OmegaConfBaseException, TypeError) as error:  # a TypeError where one is a list and the other is not
         raise ConfigError(f"{layer.origin}: {_reason(error)}") from error
-    assert isinstance(merged, DictConfig)
-    return merged
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
@@ -104,11 +103,11 @@ def trainer_of(layers: Sequence[Layer], name: str) -> str:
 def resolve(layers: Sequence[Layer], name: str) -> Loaded:
     """The checked config of layers, each above those before it; `name` is what a person calls them all."""
     trainer = trainer_of(layers, name)
-    config = _defaults(trainer)
+    config = copy.deepcopy(_defaults(trainer))
     origins = dict.fromkeys(options_of(SCHEMAS[trainer]), "default")
     left_open: set[str] = set()
     for layer in layers:
-        config = _merge(config, layer, trainer)
+        _merge(config, layer, trainer)
         options = plain(layer.options)
         written = {key: value for key in origins for value in written_in(options, key)}
         origins.update(dict.fromkeys(written, layer.origin))

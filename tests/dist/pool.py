@@ -72,7 +72,9 @@ class Pool:
 
     def _start(self, world: int) -> None:
         os.environ["OMP_NUM_THREADS"] = "1"
-        context = multiprocessing.get_context("spawn")
+        # Imported once, and then forked from a process that has done nothing else.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["megatron_rl.trainers.run"])
         for rank in range(len(self.workers), world):
             here, there = context.Pipe()
             process = context.Process(target=_serve, args=(rank, self.store.port, there))

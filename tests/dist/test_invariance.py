@@ -43,7 +43,7 @@ CASES = {
     "tp2_dp2_sp": Case(4, (("tp", 2), ("dp", 2), ("sequence_parallel", True)), NARROW),
 }
 # What these show, the same layouts with more micro-batches do.
-LONG = ("tp2", "pp2", "dp2", "tp2_sp_alone", "tp2_sp_recompute", "tp2_dp2_sp")
+LONG = ("tp1_alone", "pp2_vpp2", "tp2", "pp2", "dp2", "tp2_sp_alone", "tp2_sp_recompute", "tp2_dp2_sp")
 MARKED = [pytest.param(case, id=name, marks=[pytest.mark.full] * (name in LONG)) for name, case in CASES.items()]
 
 
