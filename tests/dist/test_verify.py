@@ -1,5 +1,7 @@
 """The certificate that `megatron-rl verify` prints, for configs of every trainer and family; and that it can fail."""
 
+import contextlib
+import io
 import os
 from pathlib import Path
 
@@ -110,17 +112,23 @@ def test_ppo_has_two_tables(prepared: tuple[str, list[str], str], capsys: pytest
     assert said == ["ppo on a tiny qwen2", "the critic of ppo on a tiny qwen2"]
 
 
-@pytest.mark.parametrize("prepared", ["sft"], indirect=True)
-def test_the_table_and_its_exit_code(
-    prepared: tuple[str, list[str], str], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In a world of one rank; rounding alone is a difference where none is allowed."""
+def verify_aloud(config: str, tolerance: float) -> tuple[int, list[str]]:
+    """Its exit code and lines, in a world of one rank that it makes for itself."""
+    import torch.distributed as dist
+
+    dist.destroy_process_group()
     assert "RANK" not in os.environ
-    config = load_config(prepared[0])
-    assert verify.verify(config) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 + len(list(cuts(1))) and "DIFFERS" not in "".join(lines)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
+        patch.setattr(verify, "TOLERANCE", tolerance)
+        code = verify.verify(load_config(config))
+    return code, said.getvalue().splitlines()
+
+
+@pytest.mark.parametrize("prepared", ["sft"], indirect=True)
+def test_the_table_and_its_exit_code(pool: Pool, prepared: tuple[str, list[str], str]) -> None:
+    """Rounding alone is a difference where none is allowed."""
+    ((code, lines),) = pool.run(verify_aloud, 1, prepared[0], verify.TOLERANCE)
+    assert code == 0 and len(lines) == 2 + len(list(cuts(1))) and "DIFFERS" not in "".join(lines)
     assert lines[-1].startswith("sft on a tiny llama, 1 rank(s): the gradient is the same within 1e-05")
-    monkeypatch.setattr(verify, "TOLERANCE", 0.0)
-    assert verify.verify(config) == 1
-    assert "differs by more than 0" in capsys.readouterr().out.splitlines()[-1]
+    ((code, lines),) = pool.run(verify_aloud, 1, prepared[0], 0.0)
+    assert code == 1 and "differs by more than 0" in lines[-1]

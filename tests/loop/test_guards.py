@@ -362,8 +362,8 @@ def test_rules_can_be_switched_off_and_made_to_stop(pool: Pool, folder: Path, pa
     ("plant", "layout", "options", "expected"),
     [
         (nothing, "tp", [], {}),
-        (same_prompt, "dp", ["teacher.mode=live"], {"teacher_is_student": 3}),
-        (strange_teacher, "tp", [], {"teacher_is_lost": 5}),
+        pytest.param(same_prompt, "dp", ["teacher.mode=live"], {"teacher_is_student": 3}, marks=pytest.mark.full),
+        pytest.param(strange_teacher, "tp", [], {"teacher_is_lost": 5}, marks=pytest.mark.full),
         (
             nothing,
             "pp",

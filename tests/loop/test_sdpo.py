@@ -188,6 +188,7 @@ def test_a_blend_learns_without_targets(pool: Pool, options: list[str], tmp_path
         assert row["actor/grad_norm"] > 0 and row["teacher/updates"] > 0
 
 
+@pytest.mark.full
 def test_success_decides_what_is_distilled(pool: Pool, options: list[str], tmp_path: Path) -> None:
     """One step on the same rollouts: `failed` leaves out those that succeeded, `pass_rate` groups that tell nothing."""
     more = ["parallel.dp=2", "train.steps=1", "train.mini_batches_per_step=1", "distill.entropy_weighting=0.5"]
