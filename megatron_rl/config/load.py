@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import difflib
 import functools
+import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from megatron_rl.config.schema import (
     DType,
     EmaAxis,
     EmaGradient,
+    EngineName,
     EvaluationConfig,
     GrpoConfig,
     PolicyConfig,
@@ -168,8 +170,11 @@ def save_config(config: Config | EvaluationConfig, path: str | Path) -> None:
 
 
 def _complete(config: Config | EvaluationConfig) -> list[str]:
-    """Fills what was left open: the named algorithm's own values, the tolerance that fits the precision."""
+    """Fills what was left open: the engine that is installed, the named algorithm's own values, the tolerance."""
     filled = []
+    if config.rollout.engine is EngineName.auto:
+        config.rollout.engine = EngineName.hf if importlib.util.find_spec("vllm") is None else EngineName.vllm
+        filled.append("rollout.engine")
     if isinstance(config, PolicyConfig):
         for key, value in ALGORITHM_DEFAULTS[config.algorithm.name].items():
             if getattr(config.algorithm, key) is None:

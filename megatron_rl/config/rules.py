@@ -14,6 +14,7 @@ from megatron_rl.config.schema import (
     AverageConfig,
     CorrectionLevel,
     EmaAxis,
+    EngineName,
     EvaluationConfig,
     ExpertIterationConfig,
     GadConfig,
@@ -45,6 +46,8 @@ BY_CONSTANT = "seq-mean-token-sum-norm"
 LOWER_IS_BETTER = ("val/truncated", "val/reward_failed", "val/format_wrong", "val/format_only")
 OF_LIKELIHOOD = ("token-mean", "seq-mean-token-mean", BY_CONSTANT)
 POSITIVE = (
+    "rollout.vllm.tp",
+    "rollout.vllm.kv_cache_gb",
     "parallel.tp",
     "parallel.pp",
     "parallel.vpp",
@@ -135,11 +138,18 @@ def _check_signs(config: Config | EvaluationConfig) -> None:
 
 
 def _check_rollout(rollout: SamplingConfig) -> None:
-    _require(rollout.engine == "hf", f"rollout.engine={rollout.engine!r} is not one of: hf")
     _require(rollout.temperature > 0, f"rollout.temperature={rollout.temperature} must be greater than 0")
     _require(0 < rollout.top_p <= 1, f"rollout.top_p={rollout.top_p} must be in (0, 1]")
     _require(rollout.top_k >= 0, f"rollout.top_k={rollout.top_k} must not be negative; 0 means no limit")
     _require(all(rollout.stop), f"rollout.stop={rollout.stop} holds an empty text, which every response has: remove it")
+
+
+def _check_truncation(rollout: SamplingConfig) -> None:
+    _require(
+        rollout.engine is not EngineName.vllm or (rollout.top_p == 1 and rollout.top_k == 0),
+        f"rollout.top_p={rollout.top_p} with rollout.top_k={rollout.top_k}: vLLM does not say how much of a "
+        "distribution is kept, which importance weights need. Set them to 1 and 0, or rollout.engine=hf",
+    )
 
 
 def _check_parallel(parallel: ParallelConfig) -> None:
@@ -203,6 +213,7 @@ def check(config: Config | EvaluationConfig) -> None:
         _check_average("average", config.average)
     if isinstance(config, RolloutTrainerConfig):
         _check_updates(config)
+        _check_truncation(config.rollout)
     if isinstance(config, LikelihoodConfig):
         _check_likelihood(config)
     if isinstance(config, ExpertIterationConfig):

@@ -20,6 +20,14 @@ class DType(StrEnum):
     bfloat16 = "bfloat16"
 
 
+class EngineName(StrEnum):
+    """What answers prompts: transformers, vLLM, or vLLM where it is installed and transformers otherwise."""
+
+    auto = "auto"
+    hf = "hf"
+    vllm = "vllm"
+
+
 class TruncationSide(StrEnum):
     """What happens to a prompt longer than `data.max_prompt_tokens`."""
 
@@ -228,10 +236,17 @@ class ExpertTrainConfig(LikelihoodTrainConfig, RolloutTrainConfig):
 
 
 @dataclass(kw_only=True)
+class VLLMConfig:
+    tp: int = 1  # ranks that share one engine
+    kv_cache_gb: float = 1.0  # GiB of keys and values on each rank
+
+
+@dataclass(kw_only=True)
 class SamplingConfig:
     """How an engine answers."""
 
-    engine: str = "hf"
+    engine: EngineName = EngineName.auto
+    vllm: VLLMConfig = field(default_factory=VLLMConfig)
     max_new_tokens: int = 512
     temperature: float = 1.0
     top_p: float = 1.0

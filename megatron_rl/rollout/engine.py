@@ -49,3 +49,6 @@ class Engine(Protocol):
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[RolloutGroup]:
         """One group per prompt, in order, on every rank."""
+
+    def close(self) -> None:
+        """Gives back what it holds beside this process's memory."""

@@ -170,6 +170,9 @@ class HFEngine:
             policy_version=self.version,
         )
 
+    def close(self) -> None:
+        """It holds nothing else."""
+
     def decode(self, tokens: Sequence[int]) -> str:
         """The response as a reward reads it."""
         text: Any = self.tokenizer.decode(list(tokens), skip_special_tokens=True)

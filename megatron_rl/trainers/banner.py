@@ -45,6 +45,7 @@ def banner(
             f"{name} {importlib.metadata.version(name)}" for name in ("torch", "megatron-core", "transformers")
         ),
         "found": ", ".join(f"{name} {found}" for name, found in _optional().items()),
+        "engine": f"{config.rollout.engine.value} answers prompts",
         "device": device.describe(),
         "layout": f"{', '.join([cuts, *ways])}; {mesh.world_size} process(es)",
         "model": f"{actor.num_parameters:,} parameters, {config.model.dtype.value}, {config.model.path} "

@@ -12,7 +12,7 @@ from megatron_rl.types import Prompt, Reward, RolloutGroup
 from megatron_rl.workers.sharded_model import ShardedModel
 
 # The second entry of a random stream's key, so that training steps and evaluations never share numbers.
-TRAINING, EVALUATION = 0, 1
+TRAINING, EVALUATION, PROBE = 0, 1, 2
 
 # Format and answer right; the format alone; neither.
 CLASSES = ("correct", "format_only", "format_wrong")

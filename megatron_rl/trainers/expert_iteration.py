@@ -34,7 +34,7 @@ class ExpertIterationTrainer:
     def __init__(self, config: ExpertIterationConfig, actor: ModelWorker, parts: Parts, source: PromptSource) -> None:
         self.config, self.actor, self.parts, self.source = config, actor, parts, source
         self.average = kept_average(config, actor)
-        self.parity = ParityProbe(config, actor)
+        self.parity = ParityProbe(config, actor, parts)
 
     def step(self, step: int, timer: Timer) -> StepLog:
         config, parts = self.config, self.parts

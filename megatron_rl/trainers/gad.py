@@ -61,7 +61,7 @@ class GadTrainer:
         )
         self.update = PolicyUpdate(config, actor, None)
         needs_old = not self.update.objective.on_policy or config.kl.where is KLPlace.reward
-        self.policies = Policies(config, actor, reference, needs_old=needs_old)
+        self.policies = Policies(config, actor, reference, parts, needs_old=needs_old)
         self.first_answers: list[list[int]] | None = None  # to the held-out problems, before any step
 
     def step(self, step: int, timer: Timer) -> StepLog:

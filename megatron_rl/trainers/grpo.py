@@ -35,7 +35,7 @@ class GrpoTrainer:
         self.average = kept_average(config, actor)
         self.update = PolicyUpdate(config, actor, self.average)
         needs_old = not self.update.objective.on_policy or config.kl.where is KLPlace.reward
-        self.policies = Policies(config, actor, reference, needs_old=needs_old)
+        self.policies = Policies(config, actor, reference, parts, needs_old=needs_old)
 
     def step(self, step: int, timer: Timer) -> StepLog:
         config, actor = self.config, self.actor

@@ -6,10 +6,12 @@ from functools import cached_property
 import torch.distributed as dist
 
 from megatron_rl.config.rules import Config
-from megatron_rl.config.schema import EvaluationConfig, TrainerConfig
+from megatron_rl.config.schema import EngineName, EvaluationConfig, TrainerConfig
 from megatron_rl.data.tokenizer import load_tokenizer, pad_id, read_generation_eos, stop_ids
+from megatron_rl.models.hf_config import load_shape
 from megatron_rl.parallel.collect import gather_over_world
 from megatron_rl.rewards.pool import RewardPool, score_groups
+from megatron_rl.rollout.engine import Engine
 from megatron_rl.rollout.hf_engine import HFEngine
 from megatron_rl.rollout.sync import push
 from megatron_rl.types import RolloutGroup
@@ -29,15 +31,30 @@ class Parts:
         return stop_ids(self.tokenizer, read_generation_eos(self.config.model.path))
 
     @cached_property
-    def engine(self) -> HFEngine:
-        config = self.config
+    def engine(self) -> Engine:
+        config, rollout = self.config, self.config.rollout
+        dtype = DTYPES[config.model.dtype.value]
+        if rollout.engine is EngineName.vllm:
+            from megatron_rl.rollout.vllm_engine import VLLMEngine  # late: vLLM is asked for
+
+            return VLLMEngine(
+                config.model.path,
+                self.tokenizer,
+                dtype=dtype,
+                stop=self.stop,
+                tied=load_shape(config.model.path).tied,
+                max_sequences=rollout.max_sequences,
+                max_tokens=config.data.max_prompt_tokens + max(rollout.max_new_tokens, config.eval.max_new_tokens or 0),
+                kv_cache_gb=rollout.vllm.kv_cache_gb,
+                tp=rollout.vllm.tp,
+            )
         return HFEngine(
             config.model.path,
             self.tokenizer,
-            dtype=DTYPES[config.model.dtype.value],
+            dtype=dtype,
             stop=self.stop,
             pad=pad_id(self.tokenizer),
-            max_sequences=config.rollout.max_sequences,
+            max_sequences=rollout.max_sequences,
         )
 
     @cached_property
@@ -58,7 +75,9 @@ class Parts:
         return push(model.named_hf_weights, self.engine, version, check="weight_checksum" not in ignored)
 
     def close(self) -> None:
-        """Ends the reward workers."""
+        """Ends the reward workers and the engine."""
+        if "engine" in self.__dict__:
+            self.engine.close()
         if "pool" in self.__dict__:
             self.pool.close()
 

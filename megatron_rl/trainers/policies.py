@@ -8,6 +8,7 @@ from megatron_rl.data.samples import Sample
 from megatron_rl.metrics.timing import Timer
 from megatron_rl.trainers.correction import correct, is_corrected, with_rollout_log_probs
 from megatron_rl.trainers.parity import ParityProbe
+from megatron_rl.trainers.parts import Parts
 from megatron_rl.types import RolloutGroup
 from megatron_rl.workers.model_worker import ModelWorker
 from megatron_rl.workers.sharded_model import ShardedModel
@@ -17,12 +18,18 @@ class Policies:
     """Log-probabilities of the rollouts under each policy that the config needs, and the probe that compares two."""
 
     def __init__(
-        self, config: PolicyConfig, actor: ModelWorker, reference: ShardedModel | None, *, needs_old: bool
+        self,
+        config: PolicyConfig,
+        actor: ModelWorker,
+        reference: ShardedModel | None,
+        parts: Parts,
+        *,
+        needs_old: bool,
     ) -> None:
         self.config, self.actor, self.reference = config, actor, reference
         correction = config.rollout_correction
         self.needs_old = not correction.bypass and (needs_old or is_corrected(correction))
-        self.parity = ParityProbe(config, actor)
+        self.parity = ParityProbe(config, actor, parts)
 
     def compare(
         self, groups: Sequence[RolloutGroup], samples: list[Sample], step: int, timer: Timer

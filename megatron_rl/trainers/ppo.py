@@ -42,7 +42,7 @@ class PpoTrainer:
         self.update = PolicyUpdate(config, actor, self.average)
         self.value_update = ValueUpdate(config, critic)
         needs_old = not self.update.objective.on_policy or config.kl.where is KLPlace.reward
-        self.policies = Policies(config, actor, reference, needs_old=needs_old)
+        self.policies = Policies(config, actor, reference, parts, needs_old=needs_old)
 
     def step(self, step: int, timer: Timer) -> StepLog:
         config, actor, critic = self.config, self.actor, self.critic

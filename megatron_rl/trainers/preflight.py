@@ -20,6 +20,7 @@ from megatron_rl.config.schema import (
     PRETRAINED,
     RANDOM,
     EmaAxis,
+    EngineName,
     EvaluationConfig,
     GrpoConfig,
     ModelConfig,
@@ -101,6 +102,7 @@ def _of_evaluation(config: EvaluationConfig) -> Findings:
 
 def _check_model(config: Config | EvaluationConfig, latest: Path | None) -> PreTrainedTokenizerBase:
     """The model can be cut as the layout says, has weights, and goes with its tokenizer, which is returned."""
+    _check_engine(config.rollout.engine)
     parallel = config.parallel
     shape = load_shape(config.model.path)
     check_layout(shape, tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp)
@@ -108,6 +110,14 @@ def _check_model(config: Config | EvaluationConfig, latest: Path | None) -> PreT
     tokenizer = load_tokenizer(config.model.path)
     _check_vocabulary(tokenizer, shape)
     return tokenizer
+
+
+def _check_engine(engine: EngineName) -> None:
+    if engine is EngineName.vllm and importlib.util.find_spec("vllm") is None:
+        raise ValueError(
+            "rollout.engine=vllm needs the package vllm, which is not installed: docs/vllm.md says how to install it; "
+            "rollout.engine=hf needs nothing more"
+        )
 
 
 def _check_reward(reward: RewardConfig, *sources: str | None) -> None:

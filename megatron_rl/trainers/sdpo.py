@@ -63,7 +63,7 @@ class SdpoTrainer:
         self.blends = config.distill.weight < 1
         self.on_policy = is_on_policy(config)
         needs_old = not self.on_policy and (self.blends or config.distill.is_clip is not None)
-        self.policies = Policies(config, actor, None, needs_old=needs_old)
+        self.policies = Policies(config, actor, None, parts, needs_old=needs_old)
         self.options = reprompt_options(config)
         self.encoder = prompt_encoder(config.data, parts.tokenizer)
 
