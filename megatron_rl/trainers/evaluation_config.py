@@ -71,8 +71,11 @@ def _defaults(tree: Mapping[str, Any], weights: str, place: Path) -> Layer:
     kept: dict[str, Any] = {}
     for key in options_of(EvaluationConfig):
         for value in written_in(tree, key):
-            section, _, name = key.rpartition(".")
-            (kept.setdefault(section, {}) if section else kept)[name] = value
+            *sections, name = key.split(".")
+            inner = kept
+            for section in sections:
+                inner = inner.setdefault(section, {})
+            inner[name] = value
     kept["trainer"] = "eval"
     kept["model"] |= {"weights": weights}
     kept["run"] |= {"dir": str(place), "resume": True}
