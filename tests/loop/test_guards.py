@@ -58,6 +58,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+AGAIN = 1  # calls of `generate` beside one a step: prompts that the parity probe asks again at the second
+
+
 def of_rank(rank: int) -> bool:
     import torch.distributed as dist
 
@@ -90,7 +93,9 @@ def babbling_engine(patch: pytest.MonkeyPatch) -> None:
     from megatron_rl.rollout.hf_engine import HFEngine
 
     same = {"token_ids": (51,) * 40, "text": "w51", "log_probs": (0.0,) * 40, "log_kept_mass": (0.0,) * 40}
-    after(patch, HFEngine, "generate", 12, lambda _, groups: with_rollouts(groups, **same, finish_reason="length"))
+    after(
+        patch, HFEngine, "generate", 12 + AGAIN, lambda _, groups: with_rollouts(groups, **same, finish_reason="length")
+    )
 
 
 def lying_engine(patch: pytest.MonkeyPatch) -> None:
@@ -98,7 +103,7 @@ def lying_engine(patch: pytest.MonkeyPatch) -> None:
     from megatron_rl.rollout.hf_engine import HFEngine
 
     lies = {"token_ids": (51, 50), "log_probs": (-20.0, -20.0), "log_kept_mass": (0.0, 0.0), "finish_reason": "stop"}
-    after(patch, HFEngine, "generate", 6, lambda _, groups: with_rollouts(groups, **lies))
+    after(patch, HFEngine, "generate", 6 + AGAIN, lambda _, groups: with_rollouts(groups, **lies))
 
 
 def spoilt_judgement(patch: pytest.MonkeyPatch) -> None:
@@ -109,7 +114,7 @@ def spoilt_judgement(patch: pytest.MonkeyPatch) -> None:
         Path("spoilt").touch()
         return groups
 
-    after(patch, HFEngine, "generate", 12, spoil)
+    after(patch, HFEngine, "generate", 12 + AGAIN, spoil)
 
 
 def hot_updates(patch: pytest.MonkeyPatch) -> None:
