@@ -1,5 +1,6 @@
 """Bad input ends in one line that names it, before any process is started, and never in a library's traceback."""
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -54,6 +55,15 @@ def test_check_shows_what_it_found(folder: Path, capsys: pytest.CaptureFixture) 
     # Four sequences of at most 2 + 4 tokens, on two stages.
     assert "first update 2 micro-batch(es) per rank, 12 to 12 tokens of at most 8192" in out
     assert not (folder / "run").exists()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
+def test_an_engine_that_is_not_installed(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    """Named it is refused; left to choose, the other answers, and `check` shows that it was chosen."""
+    assert "rollout.engine=vllm needs the package vllm" in said(capsys, "rollout.engine=vllm")
+    assert main(["check", "config.yaml", "rollout.engine=auto"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("rollout.engine ")]
+    assert line.split()[1:] == ["hf", "derived"]
 
 
 def test_what_will_disappoint_is_said(folder: Path, capsys: pytest.CaptureFixture) -> None:
@@ -135,6 +145,11 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
             "data.max_prompt_tokens=999",
         ],
         ["'puzzle24'", "reward.options.evaluate=true"],
+    ),
+    "vLLM with a truncated distribution": (
+        lambda folder: None,
+        ["rollout.engine=vllm", "rollout.top_p=0.9"],
+        ["rollout.top_p=0.9", "rollout.engine=hf"],
     ),
     "such a task in a combined reward": (
         lambda folder: None,
