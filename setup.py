@@ -23,6 +23,7 @@ setup(
         "megatron-core>=0.16.1,<0.17",
         "transformers>=5.16.1,<5.20",
         "safetensors",
+        "httpx",
         "tokenizers",
         "numpy",
         "pyarrow",

@@ -46,7 +46,8 @@ class Rollout:
     re-tokenised. `log_probs[t]` is the natural log-probability of token t under the distribution it was drawn from
     (after temperature, top-k and top-p). `log_kept_mass[t]` is the log of the probability that top-k/top-p kept, so
     that `log_probs[t] + log_kept_mass[t]` is the log-probability under the whole softmax; it is 0 without truncation.
-    `policy_version` counts the weight updates the engine had received.
+    `policy_version` counts the weight updates the engine had received. Where weights came while it was drawn,
+    `later_versions` has (first token, version) of each that followed.
     """
 
     prompt_index: int
@@ -57,6 +58,7 @@ class Rollout:
     log_kept_mass: tuple[float, ...]
     finish_reason: FinishReason
     policy_version: int
+    later_versions: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

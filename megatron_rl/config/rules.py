@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 from megatron_rl.config.algorithms import GRPO
 from megatron_rl.config.expert import Keep
@@ -45,9 +46,13 @@ AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-
 BY_CONSTANT = "seq-mean-token-sum-norm"
 LOWER_IS_BETTER = ("val/truncated", "val/reward_failed", "val/format_wrong", "val/format_only")
 OF_LIKELIHOOD = ("token-mean", "seq-mean-token-mean", BY_CONSTANT)
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 POSITIVE = (
     "rollout.vllm.tp",
     "rollout.vllm.kv_cache_gb",
+    "rollout.vllm.server.count",
+    "rollout.vllm.server.start_timeout_s",
+    "rollout.vllm.server.timeout_s",
     "parallel.tp",
     "parallel.pp",
     "parallel.vpp",
@@ -142,11 +147,34 @@ def _check_rollout(rollout: SamplingConfig) -> None:
     _require(0 < rollout.top_p <= 1, f"rollout.top_p={rollout.top_p} must be in (0, 1]")
     _require(rollout.top_k >= 0, f"rollout.top_k={rollout.top_k} must not be negative; 0 means no limit")
     _require(all(rollout.stop), f"rollout.stop={rollout.stop} holds an empty text, which every response has: remove it")
+    _check_server(rollout)
+
+
+def _check_server(rollout: SamplingConfig) -> None:
+    server = rollout.vllm.server
+    far = [url for url in server.urls if urlsplit(url).hostname not in LOOPBACK]
+    for url in server.urls:
+        parts = urlsplit(url)
+        _require(
+            parts.scheme == "http" and parts.hostname is not None,
+            f"rollout.vllm.server.urls holds {url!r}, which is no address as http://host:8000",
+        )
+    _require(
+        not far or server.exchange is not None,
+        f"rollout.vllm.server.urls holds {', '.join(far)}, which may be another host: name in "
+        "rollout.vllm.server.exchange a folder that it shares with this one, for the weights",
+    )
+    _require(
+        not server.gpus or len(server.gpus) == server.count * rollout.vllm.tp,
+        f"rollout.vllm.server.gpus={server.gpus} are {len(server.gpus)}; rollout.vllm.server.count={server.count} "
+        f"servers of rollout.vllm.tp={rollout.vllm.tp} need {server.count * rollout.vllm.tp}",
+    )
+    _require(server.restarts >= 0, f"rollout.vllm.server.restarts={server.restarts} must not be negative")
 
 
 def _check_truncation(rollout: SamplingConfig) -> None:
     _require(
-        rollout.engine is not EngineName.vllm or (rollout.top_p == 1 and rollout.top_k == 0),
+        rollout.engine in (EngineName.auto, EngineName.hf) or (rollout.top_p == 1 and rollout.top_k == 0),
         f"rollout.top_p={rollout.top_p} with rollout.top_k={rollout.top_k}: vLLM does not say how much of a "
         "distribution is kept, which importance weights need. Set them to 1 and 0, or rollout.engine=hf",
     )

@@ -21,11 +21,15 @@ class DType(StrEnum):
 
 
 class EngineName(StrEnum):
-    """What answers prompts: transformers, vLLM, or vLLM where it is installed and transformers otherwise."""
+    """What answers prompts: transformers, vLLM in the trainer's processes or in servers; auto: the first two.
+
+    `auto` is vLLM where it is installed and transformers otherwise.
+    """
 
     auto = "auto"
     hf = "hf"
     vllm = "vllm"
+    vllm_server = "vllm_server"
 
 
 class TruncationSide(StrEnum):
@@ -236,9 +240,25 @@ class ExpertTrainConfig(LikelihoodTrainConfig, RolloutTrainConfig):
 
 
 @dataclass(kw_only=True)
+class ServerConfig:
+    """Of engine vllm_server: the trainer starts servers beside rank 0, or asks running ones."""
+
+    urls: list[str] = field(default_factory=list)  # running servers; empty: the trainer starts its own
+    count: int = 1  # servers that the trainer starts
+    host: str = "127.0.0.1"  # where those listen; who reaches it can change the weights and read every answer
+    gpus: list[int] = field(default_factory=list)  # of the servers that are started, rollout.vllm.tp each; empty: none
+    python: str | None = None  # an interpreter that has vLLM; null: the trainer's own
+    exchange: str | None = None  # a folder that trainer and servers share, for weights; null: this host's memory
+    start_timeout_s: float = 600.0  # for a start, and for an update of the weights
+    timeout_s: float = 120.0  # a server that has requests and draws no token for so long counts as dead
+    restarts: int = 3  # of a server between two weight updates
+
+
+@dataclass(kw_only=True)
 class VLLMConfig:
-    tp: int = 1  # ranks that share one engine
-    kv_cache_gb: float = 1.0  # GiB of keys and values on each rank
+    tp: int = 1  # ranks that share one engine; of a server: its processes
+    kv_cache_gb: float = 1.0  # GiB of keys and values on each rank, or in each process of a server
+    server: ServerConfig = field(default_factory=ServerConfig)
 
 
 @dataclass(kw_only=True)
@@ -252,7 +272,7 @@ class SamplingConfig:
     top_p: float = 1.0
     top_k: int = 0  # 0: no limit
     stop: list[str] = field(default_factory=list)  # texts that end a response, which keeps them and has no end token
-    max_sequences: int = 256  # generated together on one rank
+    max_sequences: int = 256  # generated together on one rank, or in flight at one server
 
 
 @dataclass(kw_only=True)

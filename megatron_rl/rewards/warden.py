@@ -27,20 +27,23 @@ _SWEEP_S = 10.0
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _CLONE_NEWNS, _CLONE_NEWUSER, _CLONE_NEWPID = 0x20000, 0x10000000, 0x20000000
-_MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REC, _MS_PRIVATE = 2, 4, 8, 0x4000, 1 << 18
+_MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_BIND, _MS_REC, _MS_PRIVATE = 2, 4, 8, 0x1000, 0x4000, 1 << 18
 _STATUS = struct.Struct("<i")
 
 
-def fork_under_warden() -> None:
-    """Returns in a child, which is the worker. This process becomes its warden and ends as the worker ends."""
+def fork_under_warden() -> bool:
+    """Returns in a child, which is the worker. This process becomes its warden and ends as the worker ends.
+
+    Whether the child has namespaces of its own.
+    """
     if sys.platform != "linux":
-        return
+        return False
     signal.signal(STOP, signal.SIG_DFL)  # a trainer under nohup has it ignored
     # The kernel tells the warden, not the worker, when the trainer dies: it has more to end than itself.
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, STOP)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a reward that crashes is no news worth a core file, nor are we
-    if _unshare():
+    if apart := _unshare():
         reports, report = os.pipe()
         if (init := os.fork()) != 0:
             os.close(report)
@@ -59,6 +62,22 @@ def fork_under_warden() -> None:
     # The kernel's out-of-memory killer shall take a reward, or what it started, before the trainer.
     Path("/proc/self/oom_score_adj").write_text("1000")
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    return apart
+
+
+def private_shared_memory(shared: str) -> None:
+    """In namespaces of its own: a /dev/shm that goes with them, in which only the folder `shared` is the old one's.
+
+    Where the kernel refuses that, all stays as it is.
+    """
+    libc = ctypes.CDLL(None)
+    folder, where = os.open(shared, os.O_PATH), b"/dev/shm"
+    private = libc.mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE, None) == 0
+    if private and libc.mount(b"tmpfs", where, b"tmpfs", _MS_NOSUID | _MS_NODEV, None) == 0:
+        Path(shared).mkdir(exist_ok=True)
+        if libc.mount(f"/proc/self/fd/{folder}".encode(), os.fsencode(shared), None, _MS_BIND, None) != 0:
+            libc.umount(where)
+    os.close(folder)
 
 
 def die_with_parent() -> None:

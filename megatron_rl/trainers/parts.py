@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from megatron_rl.config.rules import Config
@@ -10,10 +12,13 @@ from megatron_rl.config.schema import EngineName, EvaluationConfig, TrainerConfi
 from megatron_rl.data.tokenizer import load_tokenizer, pad_id, read_generation_eos, stop_ids
 from megatron_rl.models.hf_config import load_shape
 from megatron_rl.parallel.collect import gather_over_world
+from megatron_rl.parallel.device import ON_CPU
 from megatron_rl.rewards.pool import RewardPool, score_groups
 from megatron_rl.rollout.engine import Engine
 from megatron_rl.rollout.hf_engine import HFEngine
 from megatron_rl.rollout.sync import push
+from megatron_rl.rollout.vllm.served import ServedEngine
+from megatron_rl.rollout.vllm.server import Launch
 from megatron_rl.types import RolloutGroup
 from megatron_rl.workers.sharded_model import DTYPES, ShardedModel
 
@@ -34,27 +39,64 @@ class Parts:
     def engine(self) -> Engine:
         config, rollout = self.config, self.config.rollout
         dtype = DTYPES[config.model.dtype.value]
-        if rollout.engine is EngineName.vllm:
-            from megatron_rl.rollout.vllm_engine import VLLMEngine  # late: vLLM is asked for
-
-            return VLLMEngine(
+        if rollout.engine is EngineName.hf:
+            return HFEngine(
                 config.model.path,
                 self.tokenizer,
                 dtype=dtype,
                 stop=self.stop,
-                tied=load_shape(config.model.path).tied,
+                pad=pad_id(self.tokenizer),
                 max_sequences=rollout.max_sequences,
-                max_tokens=config.data.max_prompt_tokens + max(rollout.max_new_tokens, config.eval.max_new_tokens or 0),
-                kv_cache_gb=rollout.vllm.kv_cache_gb,
-                tp=rollout.vllm.tp,
             )
-        return HFEngine(
+        tied = load_shape(config.model.path).tied
+        longest = config.data.max_prompt_tokens + max(rollout.max_new_tokens, config.eval.max_new_tokens or 0)
+        if rollout.engine is EngineName.vllm_server:
+            return self._served(dtype, tied, longest)
+        from megatron_rl.rollout.vllm.engine import VLLMEngine  # late: vLLM is asked for
+
+        return VLLMEngine(
             config.model.path,
             self.tokenizer,
             dtype=dtype,
             stop=self.stop,
-            pad=pad_id(self.tokenizer),
+            tied=tied,
             max_sequences=rollout.max_sequences,
+            max_tokens=longest,
+            kv_cache_gb=rollout.vllm.kv_cache_gb,
+            tp=rollout.vllm.tp,
+        )
+
+    def _served(self, dtype: torch.dtype, tied: bool, longest: int) -> Engine:
+        config, rollout, server = self.config, self.config.rollout, self.config.rollout.vllm.server
+        directory, tp = Path(config.run.dir), rollout.vllm.tp
+        directory.mkdir(parents=True, exist_ok=True)
+        own = [
+            Launch(
+                model=config.model.path,
+                dtype=str(dtype).removeprefix("torch."),
+                max_tokens=longest,
+                max_sequences=rollout.max_sequences,
+                kv_cache_gb=rollout.vllm.kv_cache_gb,
+                tp=tp,
+                eager=ON_CPU,
+                host=server.host,
+                python=server.python,
+                gpus=tuple(server.gpus[number * tp : (number + 1) * tp]),
+                log=directory / f"server_{number}.log",
+            )
+            for number in range(server.count)
+        ]
+        return ServedEngine(
+            self.tokenizer,
+            dtype=dtype,
+            stop=self.stop,
+            tied=tied,
+            max_sequences=rollout.max_sequences,
+            servers=server.urls or own,
+            exchange=server.exchange,
+            start_timeout_s=server.start_timeout_s,
+            timeout_s=server.timeout_s,
+            restarts=server.restarts,
         )
 
     @cached_property

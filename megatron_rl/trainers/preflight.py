@@ -5,6 +5,7 @@ it saw.
 """
 
 import importlib.util
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from megatron_rl.config.schema import (
     PolicyConfig,
     RewardConfig,
     RolloutTrainerConfig,
+    SamplingConfig,
     SdpoConfig,
 )
 from megatron_rl.data.planner import plan_step
@@ -102,7 +104,7 @@ def _of_evaluation(config: EvaluationConfig) -> Findings:
 
 def _check_model(config: Config | EvaluationConfig, latest: Path | None) -> PreTrainedTokenizerBase:
     """The model can be cut as the layout says, has weights, and goes with its tokenizer, which is returned."""
-    _check_engine(config.rollout.engine)
+    _check_engine(config.rollout)
     parallel = config.parallel
     shape = load_shape(config.model.path)
     check_layout(shape, tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp)
@@ -112,11 +114,26 @@ def _check_model(config: Config | EvaluationConfig, latest: Path | None) -> PreT
     return tokenizer
 
 
-def _check_engine(engine: EngineName) -> None:
-    if engine is EngineName.vllm and importlib.util.find_spec("vllm") is None:
+def _check_engine(rollout: SamplingConfig) -> None:
+    """A named engine is there, where this process can know."""
+    name, server = rollout.engine.value, rollout.vllm.server
+    if rollout.engine is EngineName.vllm_server:
+        if server.exchange is not None and not Path(server.exchange).is_dir():
+            raise ValueError(
+                f"rollout.vllm.server.exchange={server.exchange!r} is no directory: create it, or name another"
+            )
+        if server.urls:
+            return
+        if server.python is not None and shutil.which(server.python) is None:
+            raise ValueError(
+                f"rollout.vllm.server.python={server.python!r} is no program: name an interpreter that has vLLM"
+            )
+        if server.python is not None:
+            return
+    if name in ("vllm", "vllm_server") and importlib.util.find_spec("vllm") is None:
         raise ValueError(
-            "rollout.engine=vllm needs the package vllm, which is not installed: docs/vllm.md says how to install it; "
-            "rollout.engine=hf needs nothing more"
+            f"rollout.engine={name} needs the package vllm, which is not installed: docs/vllm.md says how to install "
+            "it; rollout.engine=hf needs nothing more"
         )
 
 

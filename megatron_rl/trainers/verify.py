@@ -76,7 +76,11 @@ class Gradient(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """Relative to the largest entry of each tensor; `worst` names the parameter of the largest one."""
+    """Relative to the largest entry of each tensor; `worst` names the parameter of the largest one.
+
+    Of the loss: relative to itself, or to the gradient's largest entry where that is more. Advantages of both signs can
+    add up to almost nothing, of which the rounding of their terms is a large part.
+    """
 
     loss: float
     gradient: float
@@ -235,7 +239,8 @@ def difference(found: Gradient, expected: Gradient) -> Difference:
         for name, value in expected.named.items()
     }
     worst = max(apart, key=lambda name: apart[name])
-    return Difference(abs(found.loss - expected.loss) / max(abs(expected.loss), 1e-30), apart[worst], worst)
+    scale = max(abs(expected.loss), *(float(value.abs().max()) for value in expected.named.values()), 1e-30)
+    return Difference(abs(found.loss - expected.loss) / scale, apart[worst], worst)
 
 
 def verify(config: Config) -> int:

@@ -33,7 +33,7 @@ def make_engine(directory: str, **options: Any) -> Any:
     from transformers import AutoConfig
 
     from megatron_rl.data.tokenizer import load_tokenizer
-    from megatron_rl.rollout.vllm_engine import VLLMEngine
+    from megatron_rl.rollout.vllm.engine import VLLMEngine
 
     defaults = {
         "dtype": torch.float32,
@@ -178,7 +178,7 @@ def test_three_steps_of_training(pool: Pool, folder: Path, tmp_path: Path, layou
 
 def planted(cwd: str, config: str, overrides: list[str], trap: str) -> str:
     """What a run says in which vLLM is left to itself."""
-    from megatron_rl.rollout.vllm_engine import VLLMEngine
+    from megatron_rl.rollout.vllm.engine import VLLMEngine
 
     with pytest.MonkeyPatch.context() as patch:
         if trap == "output layer":

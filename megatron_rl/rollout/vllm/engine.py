@@ -23,9 +23,11 @@ from megatron_rl.parallel.collect import gather_over_world
 from megatron_rl.parallel.device import ON_CPU
 from megatron_rl.rollout.checksum import checksum
 from megatron_rl.rollout.engine import Sampling
+from megatron_rl.rollout.vllm.experts import pack_experts_again
+from megatron_rl.rollout.vllm.requests import Answers, sampling_parameters
+from megatron_rl.rollout.vllm.weights import with_output_layer
 from megatron_rl.types import Prompt, Rollout, RolloutGroup
 
-EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 # Read by vLLM when it is imported. Its engine is to live in this process, and to leave cores as they are bound.
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -51,7 +53,7 @@ class VLLMEngine:
         kv_cache_gb: float,
         tp: int = 1,
     ) -> None:
-        self.tokenizer, self.stop, self.dtype, self.tied, self.tp = tokenizer, stop, dtype, tied, tp
+        self.answers, self.dtype, self.tied, self.tp = Answers(tokenizer, stop), dtype, tied, tp
         self.version = -1
         self.taken: dict[str, int] = {}
         self.requests = 0
@@ -74,7 +76,7 @@ class VLLMEngine:
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         self.taken = {}
         with _as_it_was():
-            self._update(self._noting(weights))
+            self._update(with_output_layer(self._noting(weights), self.tied))
         self.version = version
 
     def _update(self, weights: Iterator[tuple[str, Tensor]]) -> None:
@@ -84,14 +86,12 @@ class VLLMEngine:
             raise RuntimeError("vLLM did not reset its prefix cache after a weight update")
 
     def _noting(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """The weights as they are, in the engine's precision, and a tied output layer by its own name."""
+        """The weights in the engine's precision, with their checksums."""
         for name, tensor in weights:
             tick()
             tensor = tensor.to(self.dtype)
             self.taken[name] = checksum(tensor)
             yield name, tensor
-            if self.tied and name == EMBEDDING:
-                yield OUTPUT, tensor
 
     def checksums(self, names: Iterable[str]) -> dict[str, int]:
         """Of what the engine took. It keeps tensors fused and packed; `rollout/log_prob_gap_*` look at the result."""
@@ -110,6 +110,8 @@ class VLLMEngine:
         self, prompts: Sequence[Prompt], mine: Sequence[int], sampling: Sampling
     ) -> Mapping[int, Sequence[Rollout]]:
         """By place the responses to a prompt; requests are handed in together and batched by vLLM."""
+        from vllm import SamplingParams
+
         engine = self.llm.llm_engine
         jobs: dict[str, tuple[int, int]] = {}
         for place in mine:
@@ -119,7 +121,7 @@ class VLLMEngine:
                 engine.add_request(
                     str(self.requests),
                     {"prompt_token_ids": list(prompts[place].token_ids)},
-                    self._parameters(sampling, place, sample),
+                    SamplingParams(**sampling_parameters(sampling, place, sample, self.answers.stop)),
                 )
         found: dict[tuple[int, int], Rollout] = {}
         while engine.has_unfinished_requests():
@@ -127,43 +129,18 @@ class VLLMEngine:
             for output in engine.step():
                 if output.finished:
                     place, sample = jobs[output.request_id]
-                    found[place, sample] = self._rollout(prompts[place].index, sample, output.outputs[0], sampling)
+                    found[place, sample] = self._record(prompts[place].index, sample, output.outputs[0], sampling)
         return {place: [found[place, sample] for sample in range(sampling.group_size)] for place in mine}
 
-    def _parameters(self, sampling: Sampling, place: int, sample: int) -> Any:
-        """Each response has a seed of its own, keyed as the random numbers of the `hf` engine are."""
-        from vllm import SamplingParams
-
-        key = [sampling.seed, *sampling.stream, sampling.first + place, sample]
-        return SamplingParams(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p if sampling.temperature else 1.0,
-            top_k=sampling.top_k if sampling.temperature else 0,
-            max_tokens=sampling.max_new_tokens,
-            seed=int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1),
-            stop_token_ids=list(self.stop),
-            ignore_eos=True,  # those that end a response are listed
-            stop=list(sampling.stop),
-            include_stop_str_in_output=True,
-            detokenize=bool(sampling.stop),
-            logprobs=0,
-        )
-
-    def _rollout(self, prompt_index: int, sample: int, output: Any, sampling: Sampling) -> Rollout:
-        tokens = tuple(output.token_ids)
-        drawn = tuple(entry[token].logprob for token, entry in zip(tokens, output.logprobs, strict=True))
-        nothing = (0.0,) * len(tokens)
-        ended = tokens[-1] in self.stop
-        return Rollout(
-            prompt_index=prompt_index,
-            sample_index=sample,
-            token_ids=tokens,
-            text=self.decode(tokens[:-1] if ended else tokens),
-            # Greedily the largest is certain; what vLLM reports is its mass.
-            log_probs=drawn if sampling.temperature else nothing,
-            log_kept_mass=nothing if sampling.temperature else drawn,
-            finish_reason=output.finish_reason,
-            policy_version=self.version,
+    def _record(self, prompt_index: int, sample: int, output: Any, sampling: Sampling) -> Rollout:
+        return self.answers.record(
+            prompt_index,
+            sample,
+            output.token_ids,
+            [entry[token].logprob for token, entry in zip(output.token_ids, output.logprobs, strict=True)],
+            output.finish_reason,
+            greedy=not sampling.temperature,
+            versions=[(0, self.version)],
         )
 
     def close(self) -> None:
@@ -177,11 +154,6 @@ class VLLMEngine:
             parallel_state._WORLD.destroy()
             parallel_state._WORLD = None
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        """The response as a reward reads it."""
-        text: Any = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
-        return text
-
 
 def _start(**options: Any) -> Any:
     """A `vllm.LLM` among the ranks of this world, whose process groups it uses."""
@@ -192,7 +164,7 @@ def _start(**options: Any) -> Any:
     try:
         from vllm import LLM
 
-        _pack_experts_again()
+        pack_experts_again()
         return LLM(distributed_executor_backend="external_launcher", **options)
     finally:
         for name, value in before.items():
@@ -200,29 +172,6 @@ def _start(**options: Any) -> Any:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-
-
-def _pack_experts_again() -> None:
-    """vLLM 0.32 packs expert weights on a CPU at the first load only; an update would leave them as they came.
-
-    UnquantizedFusedMoEMethod._setup_kernel skips process_weights_after_loading where a kernel exists already.
-    """
-    if not ON_CPU:
-        return
-    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod as Method
-
-    original = Method._setup_kernel
-    if getattr(original, "packs_again", False):
-        return
-
-    def setup_kernel(self: Any, layer: Any, w13: Tensor, w2: Tensor) -> None:
-        known = self.moe_kernel is not None
-        original(self, layer, w13, w2)
-        if known:
-            self.moe_kernel.fused_experts.process_weights_after_loading(layer)
-
-    setup_kernel.packs_again = True  # type: ignore[attr-defined]
-    Method._setup_kernel = setup_kernel
 
 
 @contextmanager

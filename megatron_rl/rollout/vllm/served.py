@@ -1,0 +1,142 @@
+"""The engine that asks vLLM servers: those it starts beside rank 0, or running ones.
+
+Weights pass through files in shared memory, or in a folder on a filesystem that the servers share. They stay there
+until the next version: a server that dies gets them again.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from megatron_rl.metrics.progress import tick
+from megatron_rl.parallel.collect import from_first_rank
+from megatron_rl.rollout.engine import Sampling
+from megatron_rl.rollout.vllm.fleet import Fleet, Job
+from megatron_rl.rollout.vllm.requests import Answers, sampling_parameters
+from megatron_rl.rollout.vllm.server import Launch, Server
+from megatron_rl.rollout.vllm.weights import WeightFiles
+from megatron_rl.types import Prompt, Rollout, RolloutGroup, RunError
+
+T = TypeVar("T")
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+class ServedEngine:
+    """Answers from servers; see the module. Rank 0 speaks with them, and tells the others."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        dtype: torch.dtype,
+        stop: tuple[int, ...],
+        tied: bool,
+        max_sequences: int,
+        servers: Sequence[str | Launch],
+        exchange: str | None,
+        start_timeout_s: float,
+        timeout_s: float,
+        restarts: int,
+    ) -> None:
+        self.answers, self.dtype = Answers(tokenizer, stop), dtype
+        self.version = -1
+        self.fleet: Fleet | None = None
+        if dist.get_rank() == 0:
+            parent = exchange or (SHARED_MEMORY if SHARED_MEMORY.is_dir() else None)
+            self.folder = Path(tempfile.mkdtemp(prefix="megatron_rl-", dir=parent))
+            self.files = WeightFiles(self.folder)
+            self.fleet = Fleet(
+                [_server(number, server) for number, server in enumerate(servers)],
+                self.folder,
+                tied=tied,
+                slots=max_sequences,
+                start_timeout_s=start_timeout_s,
+                timeout_s=timeout_s,
+                restarts=restarts,
+            )
+
+    @torch.no_grad()
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        mine = self._in_my_precision(weights)
+        if self.fleet is None:
+            for _ in mine:
+                pass
+        else:
+            self.files.write(mine, self._label(version))
+        self._on_first(lambda fleet: fleet.submit(fleet.update(self._label(version))).result())
+        self.version = version
+
+    def _label(self, version: int) -> str:
+        """Of this engine alone: a running server may hold weights of another run with the same version."""
+        return f"{self.folder.name}:{version}"
+
+    def _in_my_precision(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in weights:
+            tick()
+            yield name, tensor.to(self.dtype)
+
+    def checksums(self, names: Iterable[str]) -> dict[str, int]:
+        """Of what the servers took; they keep tensors fused and packed, which `rollout/log_prob_gap_*` look at."""
+        taken = self._on_first(lambda fleet: dict(fleet.checksums))
+        return {name: taken[name] for name in names}
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[RolloutGroup]:
+        return self._on_first(lambda fleet: self._groups(fleet, prompts, sampling))
+
+    def _groups(self, fleet: Fleet, prompts: Sequence[Prompt], sampling: Sampling) -> list[RolloutGroup]:
+        jobs = [
+            Job(prompt.token_ids, sampling_parameters(sampling, place, sample, self.answers.stop))
+            for place, prompt in enumerate(prompts)
+            for sample in range(sampling.group_size)
+        ]
+        answers = iter(fleet.submit(fleet.answer(jobs)).result())
+
+        def record(prompt: Prompt, sample: int) -> Rollout:
+            answer = next(answers)
+            return self.answers.record(
+                prompt.index,
+                sample,
+                answer["tokens"],
+                answer["log_probs"],
+                answer["finish_reason"],
+                greedy=not sampling.temperature,
+                versions=[(first, int(label.rpartition(":")[2])) for first, label in answer["labels"]],
+            )
+
+        return [
+            RolloutGroup(prompt=prompt, rollouts=tuple(record(prompt, sample) for sample in range(sampling.group_size)))
+            for prompt in prompts
+        ]
+
+    def _on_first(self, work: Callable[[Fleet], T]) -> T:
+        """What rank 0 gets of the servers, on every rank; and so an error that is told of a run."""
+        outcome: tuple[T | None, str | None] = None, None
+        if self.fleet is not None:
+            try:
+                outcome = work(self.fleet), None
+            except RunError as error:
+                outcome = None, str(error)
+        value, problem = from_first_rank(outcome)
+        if problem is not None:
+            raise RunError(problem)
+        return value  # type: ignore[return-value]
+
+    def close(self) -> None:
+        """Ends the servers that were started, and removes the weights."""
+        if self.fleet is not None:
+            self.fleet.close()
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _server(number: int, server: str | Launch) -> Server:
+    if isinstance(server, Launch):
+        return Server(number, None, server)
+    return Server(number, server.rstrip("/"), None)
