@@ -223,11 +223,27 @@ def test_every_trap_is_found(pool: Pool, folder: Path, tmp_path: Path, trap: str
     assert len(steps(tmp_path / "run")) == (1 if trap == "cached prefix" else 0)
 
 
-def experts(directory: str) -> list[float]:
-    """Gaps to transformers after each of three loads of a mixture of experts."""
+def experts(directory: str, patched: bool) -> list[float]:
+    """Gaps to transformers after each of three loads of a mixture of experts, with vLLM left to itself or not."""
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod as Method
+
+    from megatron_rl.rollout.vllm.experts import pack_experts_again
+
+    pack_experts_again()
+    repaired = Method._setup_kernel
+    engine = make_engine(directory)
+    if not patched:
+        Method._setup_kernel = repaired.__wrapped__
+    try:
+        return gaps_to_transformers(engine, directory)
+    finally:
+        Method._setup_kernel = repaired
+        engine.close()
+
+
+def gaps_to_transformers(engine: Any, directory: str) -> list[float]:
     from transformers import AutoModelForCausalLM
 
-    engine = make_engine(directory)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     gaps = []
     for version in range(3):
@@ -242,7 +258,6 @@ def experts(directory: str) -> list[float]:
             logp = model(ids).logits[0].log_softmax(-1)
         exact = [float(logp[len(PROMPTS[2]) - 1 + i, token]) for i, token in enumerate(rollout.token_ids)]
         gaps.append(max(abs(a - b) for a, b in zip(rollout.log_probs, exact, strict=True)))
-    engine.close()
     return gaps
 
 
@@ -261,7 +276,7 @@ def per_expert(model: Any) -> Any:
 
 
 def test_experts_are_packed_anew(pool: Pool, tmp_path: Path) -> None:
-    """Where vLLM packs them at all: with AVX-512 and AMX; with AVX2 it computes from the weights as they came."""
+    """Where vLLM packs them at all, it is far off without: with AVX2 it computes from the weights as they came."""
     from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
     config = Qwen3MoeConfig(
@@ -281,5 +296,8 @@ def test_experts_are_packed_anew(pool: Pool, tmp_path: Path) -> None:
     torch.manual_seed(4)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     tiny_tokenizer(tmp_path, 99)
-    (gaps,) = pool.run(experts, 1, str(tmp_path))
+    (gaps,) = pool.run(experts, 1, str(tmp_path), True)
     assert max(gaps) < 1e-4, gaps
+    (alone,) = pool.run(experts, 1, str(tmp_path), False)
+    packs = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    assert (max(alone) > 1e-2) == packs, alone

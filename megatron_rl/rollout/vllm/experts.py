@@ -1,5 +1,6 @@
 """Expert layers of vLLM on a CPU, packed at every load."""
 
+from functools import wraps
 from typing import Any
 
 from torch import Tensor
@@ -20,6 +21,7 @@ def pack_experts_again() -> None:
     if getattr(original, "packs_again", False):
         return
 
+    @wraps(original)
     def setup_kernel(self: Any, layer: Any, w13: Tensor, w2: Tensor) -> None:
         known = self.moe_kernel is not None
         original(self, layer, w13, w2)
