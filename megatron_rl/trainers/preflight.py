@@ -37,6 +37,7 @@ from megatron_rl.data.tokenizer import load_tokenizer, read_generation_eos, stop
 from megatron_rl.models.build import weight_map
 from megatron_rl.models.hf_config import ModelShape, check_layout, load_shape, num_parameters, tensor_shapes
 from megatron_rl.models.hf_map import SCALAR_HEAD, WeightMap
+from megatron_rl.parallel.device import ON_CPU
 from megatron_rl.rewards.pool import RewardPool
 from megatron_rl.rewards.reasoning import check_task
 from megatron_rl.trainers.correction import read_criteria
@@ -46,6 +47,9 @@ from megatron_rl.trainers.guards import rules_of
 from megatron_rl.trainers.resume import checkpoint_to_continue
 from megatron_rl.trainers.sdpo import reprompt_options
 from megatron_rl.workers.critic import ROLE
+
+# Of vLLM 0.32 (CPUAttentionBackend.get_supported_head_sizes).
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,9 +108,9 @@ def _of_evaluation(config: EvaluationConfig) -> Findings:
 
 def _check_model(config: Config | EvaluationConfig, latest: Path | None) -> PreTrainedTokenizerBase:
     """The model can be cut as the layout says, has weights, and goes with its tokenizer, which is returned."""
-    _check_engine(config.rollout)
     parallel = config.parallel
     shape = load_shape(config.model.path)
+    _check_engine(config.rollout, shape.head_dim)
     check_layout(shape, tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp)
     _check_weights(config.model, shape, latest)
     tokenizer = load_tokenizer(config.model.path)
@@ -114,8 +118,8 @@ def _check_model(config: Config | EvaluationConfig, latest: Path | None) -> PreT
     return tokenizer
 
 
-def _check_engine(rollout: SamplingConfig) -> None:
-    """A named engine is there, where this process can know."""
+def _check_engine(rollout: SamplingConfig, head_dim: int) -> None:
+    """A named engine is there and can run the model, where this process can know."""
     name, server = rollout.engine.value, rollout.vllm.server
     if rollout.engine is EngineName.vllm_server:
         if server.exchange is not None and not Path(server.exchange).is_dir():
@@ -134,6 +138,11 @@ def _check_engine(rollout: SamplingConfig) -> None:
         raise ValueError(
             f"rollout.engine={name} needs the package vllm, which is not installed: docs/vllm.md says how to install "
             "it; rollout.engine=hf needs nothing more"
+        )
+    if name in ("vllm", "vllm_server") and ON_CPU and head_dim not in CPU_HEAD_SIZES:
+        raise ValueError(
+            f"rollout.engine={name}: the model has attention heads of {head_dim} columns, and vLLM's attention on a "
+            f"CPU takes only those of {', '.join(map(str, CPU_HEAD_SIZES))}. Set rollout.engine=hf"
         )
 
 

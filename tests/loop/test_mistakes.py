@@ -49,7 +49,7 @@ def said(capsys: pytest.CaptureFixture, *overrides: str) -> str:
 def test_check_shows_what_it_found(folder: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["check", "config.yaml", "parallel.tp=2", "parallel.pp=2"]) == 0
     out = capsys.readouterr().out
-    assert "parallel.tp                       2                             override 'parallel.tp=2'" in out
+    assert ["parallel.tp", "2", "override", "'parallel.tp=2'"] in [line.split() for line in out.splitlines()]
     assert "layout       tp=2 pp=2 vpp=1 dp=1: 4 process(es)" in out
     assert "10 rows to train on, 0 held out" in out
     # Four sequences of at most 2 + 4 tokens, on two stages.
@@ -61,6 +61,10 @@ def test_check_shows_what_it_found(folder: Path, capsys: pytest.CaptureFixture) 
 def test_an_engine_that_is_not_installed(folder: Path, capsys: pytest.CaptureFixture) -> None:
     """Named it is refused; left to choose, the other answers, and `check` shows that it was chosen."""
     assert "rollout.engine=vllm needs the package vllm" in said(capsys, "rollout.engine=vllm")
+    assert "rollout.engine=vllm_server needs the package vllm" in said(capsys, "rollout.engine=vllm_server")
+    server = "rollout.vllm.server"
+    assert main(["check", "config.yaml", "rollout.engine=vllm_server", f"{server}.urls=[http://localhost:8000]"]) == 0
+    capsys.readouterr()
     assert main(["check", "config.yaml", "rollout.engine=auto"]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("rollout.engine ")]
     assert line.split()[1:] == ["hf", "derived"]
@@ -150,6 +154,31 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
         lambda folder: None,
         ["rollout.engine=vllm", "rollout.top_p=0.9"],
         ["rollout.top_p=0.9", "rollout.engine=hf"],
+    ),
+    "servers on another host without a shared folder": (
+        lambda folder: None,
+        ["rollout.engine=vllm_server", "rollout.vllm.server.urls=[http://127.0.0.1:1, http://node7:8000]"],
+        ["http://node7:8000", "rollout.vllm.server.exchange"],
+    ),
+    "a server's address that is none": (
+        lambda folder: None,
+        ["rollout.engine=vllm_server", "rollout.vllm.server.urls=[localhost:8000]"],
+        ["'localhost:8000'", "http://host:8000"],
+    ),
+    "a shared folder that is not there": (
+        lambda folder: None,
+        ["rollout.engine=vllm_server", "rollout.vllm.server.exchange=nowhere"],
+        ["rollout.vllm.server.exchange='nowhere'", "create it"],
+    ),
+    "an interpreter that is not there": (
+        lambda folder: None,
+        ["rollout.engine=vllm_server", "rollout.vllm.server.python=/no/python"],
+        ["rollout.vllm.server.python='/no/python'", "an interpreter that has vLLM"],
+    ),
+    "too few GPUs for the servers": (
+        lambda folder: None,
+        ["rollout.engine=vllm_server", "rollout.vllm.server.gpus=[0, 1]", "rollout.vllm.tp=4"],
+        ["rollout.vllm.server.gpus=[0, 1]", "need 4"],
     ),
     "such a task in a combined reward": (
         lambda folder: None,

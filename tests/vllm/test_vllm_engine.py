@@ -301,3 +301,18 @@ def test_experts_are_packed_anew(pool: Pool, tmp_path: Path) -> None:
     (alone,) = pool.run(experts, 1, str(tmp_path), False)
     packs = torch.backends.cpu.get_cpu_capability() == "AVX512"
     assert (max(alone) > 1e-2) == packs, alone
+
+
+def test_heads_that_vllm_cannot_run_are_told_before_the_start(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from megatron_rl.cli import main
+
+    small = {**SIZES, "hidden_size": 64}
+    tiny_tokenizer(tiny_model(tmp_path / "model", "llama", **small), 99)
+    monkeypatch.chdir(folder)
+    assert main(["check", "config.yaml"]) == 0
+    capsys.readouterr()
+    assert main(["check", "config.yaml", f"model.path={tmp_path}/model"]) == 2
+    assert "heads of 16 columns" in capsys.readouterr().err
+    assert main(["check", "config.yaml", f"model.path={tmp_path}/model", "rollout.engine=hf"]) == 0
