@@ -172,6 +172,26 @@ def _check_server(rollout: SamplingConfig) -> None:
     _require(server.restarts >= 0, f"rollout.vllm.server.restarts={server.restarts} must not be negative")
 
 
+def _check_ahead(config: RolloutTrainerConfig) -> None:
+    if not config.rollout.vllm.server.ahead:
+        return
+    _require(
+        config.rollout.engine is EngineName.vllm_server,
+        f"rollout.vllm.server.ahead=true draws beside the trainer, and rollout.engine={config.rollout.engine.value} in "
+        "it: set rollout.engine=vllm_server",
+    )
+    corrected = isinstance(config, PolicyConfig) and (
+        config.rollout_correction.level is not CorrectionLevel.none or config.rollout_correction.bypass
+    )
+    _require(
+        corrected,
+        "rollout.vllm.server.ahead=true learns from rollouts of the policy before the last update, which importance "
+        "weights must correct: set rollout_correction.level=token"
+        if isinstance(config, PolicyConfig)
+        else f"rollout.vllm.server.ahead=true needs rollout correction, which trainer={config.trainer} does not have",
+    )
+
+
 def _check_truncation(rollout: SamplingConfig) -> None:
     _require(
         rollout.engine in (EngineName.auto, EngineName.hf) or (rollout.top_p == 1 and rollout.top_k == 0),
@@ -242,6 +262,7 @@ def check(config: Config | EvaluationConfig) -> None:
     if isinstance(config, RolloutTrainerConfig):
         _check_updates(config)
         _check_truncation(config.rollout)
+        _check_ahead(config)
     if isinstance(config, LikelihoodConfig):
         _check_likelihood(config)
     if isinstance(config, ExpertIterationConfig):

@@ -252,6 +252,9 @@ class ServerConfig:
     start_timeout_s: float = 600.0  # for a start, and for an update of the weights
     timeout_s: float = 120.0  # a server that has requests and draws no token for so long counts as dead
     restarts: int = 3  # of a server between two weight updates
+    ahead: bool = (
+        False  # draw the next step's rollouts while this step's are learned from, with weights of one step ago
+    )
 
 
 @dataclass(kw_only=True)

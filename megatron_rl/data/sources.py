@@ -261,6 +261,10 @@ class Source(Generic[T_co]):
         self._drawn += n
         return items
 
+    def at(self, index: int) -> T_co:
+        """The item of a row; the cursor stays."""
+        return self._item(index)
+
     def all(self) -> list[T_co]:
         """Every item once, in the order of the rows; the cursor stays."""
         return [self._item(index) for index in range(len(self))]

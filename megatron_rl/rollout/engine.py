@@ -52,3 +52,20 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Gives back what it holds beside this process's memory."""
+
+
+class Drawing(Protocol):
+    """Answers that are being drawn."""
+
+    seconds: float
+    """How long that took, once they are there."""
+
+    def groups(self) -> list[RolloutGroup]:
+        """Waits for them; on every rank. Collective."""
+
+
+class OverlappingEngine(Engine, Protocol):
+    """One that answers while the trainer does other work. New weights wait until it has answered."""
+
+    def start(self, prompts: Sequence[Prompt], sampling: Sampling) -> Drawing:
+        """`generate`, without waiting. Collective."""

@@ -16,7 +16,7 @@ from megatron_rl.trainers.parts import Parts
 from megatron_rl.trainers.policies import Policies
 from megatron_rl.trainers.policy_update import PolicyUpdate
 from megatron_rl.trainers.rollout_metrics import rollout_histograms, rollout_metrics, sample_records
-from megatron_rl.trainers.rollouts import greedy_rewards, rollout_batch, to_samples
+from megatron_rl.trainers.rollouts import RolloutBatches, greedy_rewards, to_samples
 from megatron_rl.trainers.shaping import shaped_rewards, with_advantages
 from megatron_rl.workers.critic import CriticWorker
 from megatron_rl.workers.model_worker import ModelWorker
@@ -31,17 +31,16 @@ class GrpoTrainer:
     def __init__(
         self, config: GrpoConfig, actor: ModelWorker, reference: ShardedModel | None, parts: Parts, source: PromptSource
     ) -> None:
-        self.config, self.actor, self.parts, self.source = config, actor, parts, source
+        self.config, self.actor, self.parts = config, actor, parts
+        self.batches = RolloutBatches(config, actor, parts, source)
         self.average = kept_average(config, actor)
         self.update = PolicyUpdate(config, actor, self.average)
         needs_old = not self.update.objective.on_policy or config.kl.where is KLPlace.reward
         self.policies = Policies(config, actor, reference, parts, needs_old=needs_old)
 
     def step(self, step: int, timer: Timer) -> StepLog:
-        config, actor = self.config, self.actor
-        with timer("sync"):
-            sync_figures = self.parts.push(actor)
-        groups, batch_figures = rollout_batch(config, self.parts, self.source, step, timer)
+        config = self.config
+        groups, figures = self.batches(step, timer)
         greedy = greedy_rewards(config, self.parts, groups, timer)
         samples = to_samples(groups, drop_truncated=bool(config.algorithm.drop_truncated))
         samples, policy_figures = self.policies.compare(groups, samples, step, timer)
@@ -53,7 +52,7 @@ class GrpoTrainer:
         with timer("update_actor"):
             update_figures, histograms = self.update(samples)
         histograms |= rollout_histograms(groups, values)
-        figures = sync_figures | batch_figures | rollout_metrics(groups, values) | audit
+        figures |= rollout_metrics(groups, values) | audit
         return StepLog(
             figures | policy_figures | reward_figures | update_figures, histograms, sample_records(groups, samples)
         )
@@ -64,10 +63,10 @@ class GrpoTrainer:
         return {name: role for name, role in roles.items() if role is not None}
 
     def state(self) -> dict[str, Any]:
-        return {"source": self.source.state_dict()}
+        return self.batches.state()
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.source.load_state_dict(state["source"])
+        self.batches.load_state(state)
 
 
 def build(config: GrpoConfig, mesh: Mesh) -> GrpoTrainer:

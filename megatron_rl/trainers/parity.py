@@ -35,13 +35,18 @@ class ParityProbe:
     def check(self, groups: Sequence[RolloutGroup], log_probs: dict[int, Tensor], step: int) -> dict[str, float]:
         """The gap between the two, on the steps that log it; raises ParityError where it is too large.
 
-        `log_probs[i]` are the trainer's for the i-th rollout, at the sampling temperature.
+        `log_probs[i]` are the trainer's for the i-th rollout, at the sampling temperature. Of rollouts that were drawn
+        with other weights nothing can be said: then the answers to the remembered prompts are what is compared.
         """
         rollouts = [rollout for group in groups for rollout in group.rollouts]
-        largest, mean = parity_gap(rollouts, log_probs)
+        now = [(r, log_probs[i]) for i, r in enumerate(rollouts) if r.policy_version == self.actor.version]
+        largest, mean = parity_gap([r for r, _ in now], {i: values for i, (_, values) in enumerate(now)})
         self._compare(largest, mean)
         if self.remembered:
-            self._compare(*self._asked_again(step))
+            again = self._asked_again(step)
+            self._compare(*again)
+            if not now:
+                largest, mean = again
         self.remembered = [group.prompt for group in groups[:REMEMBERED]]
         self.probes += 1
         # The probe of a continued run is not in the uninterrupted one's log.

@@ -17,7 +17,7 @@ from megatron_rl.trainers.parts import Parts
 from megatron_rl.trainers.policies import Policies
 from megatron_rl.trainers.policy_update import PolicyUpdate
 from megatron_rl.trainers.rollout_metrics import rollout_histograms, rollout_metrics, sample_records
-from megatron_rl.trainers.rollouts import rollout_batch, to_samples
+from megatron_rl.trainers.rollouts import RolloutBatches, to_samples
 from megatron_rl.trainers.shaping import token_rewards
 from megatron_rl.trainers.value_update import ValueUpdate, with_estimates
 from megatron_rl.workers.critic import CriticWorker, Reading
@@ -37,7 +37,8 @@ class PpoTrainer:
         parts: Parts,
         source: PromptSource,
     ) -> None:
-        self.config, self.actor, self.critic, self.parts, self.source = config, actor, critic, parts, source
+        self.config, self.actor, self.critic, self.parts = config, actor, critic, parts
+        self.batches = RolloutBatches(config, actor, parts, source)
         self.average = kept_average(config, actor)
         self.update = PolicyUpdate(config, actor, self.average)
         self.value_update = ValueUpdate(config, critic)
@@ -45,10 +46,8 @@ class PpoTrainer:
         self.policies = Policies(config, actor, reference, parts, needs_old=needs_old)
 
     def step(self, step: int, timer: Timer) -> StepLog:
-        config, actor, critic = self.config, self.actor, self.critic
-        with timer("sync"):
-            figures = self.parts.push(actor)
-        groups, batch_figures = rollout_batch(config, self.parts, self.source, step, timer)
+        config, critic = self.config, self.critic
+        groups, figures = self.batches(step, timer)
         samples = to_samples(groups, drop_truncated=bool(config.algorithm.drop_truncated))
         samples, policy_figures = self.policies.compare(groups, samples, step, timer)
         figures |= audit_rollouts(groups, samples, self.parts.stop, config.rollout.stop)
@@ -65,7 +64,7 @@ class PpoTrainer:
             with timer("update_actor"):
                 update_figures, histograms = self.update(samples)
             figures |= update_figures
-        figures |= batch_figures | policy_figures | reward_figures | value_figures
+        figures |= policy_figures | reward_figures | value_figures
         return StepLog(
             figures | rollout_metrics(groups, advantages),
             histograms | rollout_histograms(groups, advantages),
@@ -83,10 +82,10 @@ class PpoTrainer:
         return {name: role for name, role in roles.items() if role is not None}
 
     def state(self) -> dict[str, Any]:
-        return {"source": self.source.state_dict()}
+        return self.batches.state()
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.source.load_state_dict(state["source"])
+        self.batches.load_state(state)
 
 
 def build(config: PpoConfig, mesh: Mesh) -> PpoTrainer:

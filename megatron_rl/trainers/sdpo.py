@@ -23,7 +23,7 @@ from megatron_rl.trainers.objectives import is_on_policy, policy_gradient, updat
 from megatron_rl.trainers.parts import Parts
 from megatron_rl.trainers.policies import Policies
 from megatron_rl.trainers.rollout_metrics import rollout_histograms, rollout_metrics, sample_records
-from megatron_rl.trainers.rollouts import greedy_rewards, rollout_batch, to_samples
+from megatron_rl.trainers.rollouts import RolloutBatches, greedy_rewards, to_samples
 from megatron_rl.trainers.shaping import reward_values, shaped_rewards, with_advantages
 from megatron_rl.trainers.update_metrics import results, update_metrics
 from megatron_rl.types import RolloutGroup
@@ -58,7 +58,8 @@ class SdpoTrainer:
     def __init__(
         self, config: SdpoConfig, actor: ModelWorker, teacher: Teacher, parts: Parts, source: PromptSource
     ) -> None:
-        self.config, self.actor, self.teacher, self.parts, self.source = config, actor, teacher, parts, source
+        self.config, self.actor, self.teacher, self.parts = config, actor, teacher, parts
+        self.batches = RolloutBatches(config, actor, parts, source)
         self.average = teacher.average
         self.blends = config.distill.weight < 1
         self.on_policy = is_on_policy(config)
@@ -69,12 +70,10 @@ class SdpoTrainer:
 
     def step(self, step: int, timer: Timer) -> StepLog:
         config, parts = self.config, self.parts
-        with timer("sync"):
-            figures = parts.push(self.actor)
-        groups, batch_figures = rollout_batch(config, parts, self.source, step, timer)
+        groups, figures = self.batches(step, timer)
         greedy = greedy_rewards(config, parts, groups, timer)
         samples = to_samples(groups, drop_truncated=bool(config.algorithm.drop_truncated))
-        figures |= batch_figures | audit_rollouts(groups, samples, parts.stop, config.rollout.stop)
+        figures |= audit_rollouts(groups, samples, parts.stop, config.rollout.stop)
         figures |= audit_padding(parts.tokenizer, parts.stop)
         samples, policy_figures = self.policies.compare(groups, samples, step, timer)
         with timer("adv"):
@@ -170,10 +169,10 @@ class SdpoTrainer:
         return {"actor": self.actor, **({} if live else {"teacher": self.teacher})}
 
     def state(self) -> dict[str, Any]:
-        return {"source": self.source.state_dict()}
+        return self.batches.state()
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.source.load_state_dict(state["source"])
+        self.batches.load_state(state)
 
 
 def _after(prompt_ids: Sequence[int], sample: Sample) -> Sample:

@@ -175,6 +175,16 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
         ["rollout.engine=vllm_server", "rollout.vllm.server.python=/no/python"],
         ["rollout.vllm.server.python='/no/python'", "an interpreter that has vLLM"],
     ),
+    "drawing ahead in the trainer's processes": (
+        lambda folder: None,
+        ["rollout.engine=hf", "rollout.vllm.server.ahead=true"],
+        ["rollout.vllm.server.ahead=true", "rollout.engine=vllm_server"],
+    ),
+    "drawing ahead without weights": (
+        lambda folder: None,
+        ["rollout.engine=vllm_server", "rollout.vllm.server.ahead=true"],
+        ["rollout.vllm.server.ahead=true", "rollout_correction.level=token"],
+    ),
     "too few GPUs for the servers": (
         lambda folder: None,
         ["rollout.engine=vllm_server", "rollout.vllm.server.gpus=[0, 1]", "rollout.vllm.tp=4"],

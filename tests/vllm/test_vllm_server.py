@@ -333,3 +333,21 @@ def test_nothing_outlives_a_killed_trainer(folder: Path, tmp_path: Path) -> None
     while leftovers() != before and time.monotonic() < end:
         time.sleep(0.2)
     assert leftovers() == before
+
+
+def test_one_step_ahead(pool: Pool, folder: Path, tmp_path: Path, url: str) -> None:
+    """Rollouts are of the policy one update before, and weighed; a run that is continued has those that were drawn."""
+    ahead = ["rollout.vllm.server.ahead=true", "rollout_correction.level=token", "optim.lr=1e-3"]
+    options = [f"rollout.vllm.server.urls=[{url}]", "train.steps=4", "rollout.parity_every=1", *ahead]
+    pool.run(train, 2, str(folder), "config.yaml", [*options, "parallel.tp=2", f"run.dir={tmp_path}/whole"])
+    rows = steps(tmp_path / "whole")
+    assert [row["rollout/staleness"] for row in rows] == [0, 1, 1, 1]
+    assert max(row["rollout/log_prob_gap_max"] for row in rows) < 1e-4
+    assert "timing_s/gen_ahead" not in rows[0] and min(row["timing_s/gen_ahead"] for row in rows[1:]) > 0
+    assert rows[0]["rollout_corr/rollout_is_eff_sample_size"] == pytest.approx(1, abs=1e-6)
+    assert all(row["rollout_corr/rollout_is_eff_sample_size"] < 1 - 1e-5 for row in rows[1:])
+    for stop in (["run.stop_after=2"], []):
+        pool.run(train, 2, str(folder), "config.yaml", [*options, "parallel.tp=2", f"run.dir={tmp_path}/cut", *stop])
+    figures = ("step", "critic/score/mean", "actor/loss", "actor/grad_norm", "rollout/staleness")
+    for row, wanted in zip(steps(tmp_path / "cut"), rows, strict=True):
+        assert [row[key] for key in figures] == pytest.approx([wanted[key] for key in figures], rel=1e-5, abs=1e-7)

@@ -7,8 +7,10 @@ until the next version: a server that dies gets them again.
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
-from typing import TypeVar
+from time import perf_counter
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -48,6 +50,7 @@ class ServedEngine:
     ) -> None:
         self.answers, self.dtype = Answers(tokenizer, stop), dtype
         self.version = -1
+        self.drawing: ServedDrawing | None = None  # the last one
         self.fleet: Fleet | None = None
         if dist.get_rank() == 0:
             parent = exchange or (SHARED_MEMORY if SHARED_MEMORY.is_dir() else None)
@@ -65,13 +68,15 @@ class ServedEngine:
 
     @torch.no_grad()
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        if self.drawing is not None:
+            self.drawing.wait()
         mine = self._in_my_precision(weights)
         if self.fleet is None:
             for _ in mine:
                 pass
         else:
             self.files.write(mine, self._label(version))
-        self._on_first(lambda fleet: fleet.submit(fleet.update(self._label(version))).result())
+        self.on_first(lambda fleet: fleet.submit(fleet.update(self._label(version))).result())
         self.version = version
 
     def _label(self, version: int) -> str:
@@ -85,38 +90,17 @@ class ServedEngine:
 
     def checksums(self, names: Iterable[str]) -> dict[str, int]:
         """Of what the servers took; they keep tensors fused and packed, which `rollout/log_prob_gap_*` look at."""
-        taken = self._on_first(lambda fleet: dict(fleet.checksums))
+        taken = self.on_first(lambda fleet: dict(fleet.checksums))
         return {name: taken[name] for name in names}
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[RolloutGroup]:
-        return self._on_first(lambda fleet: self._groups(fleet, prompts, sampling))
+        return self.start(prompts, sampling).groups()
 
-    def _groups(self, fleet: Fleet, prompts: Sequence[Prompt], sampling: Sampling) -> list[RolloutGroup]:
-        jobs = [
-            Job(prompt.token_ids, sampling_parameters(sampling, place, sample, self.answers.stop))
-            for place, prompt in enumerate(prompts)
-            for sample in range(sampling.group_size)
-        ]
-        answers = iter(fleet.submit(fleet.answer(jobs)).result())
+    def start(self, prompts: Sequence[Prompt], sampling: Sampling) -> "ServedDrawing":
+        self.drawing = ServedDrawing(self, prompts, sampling)
+        return self.drawing
 
-        def record(prompt: Prompt, sample: int) -> Rollout:
-            answer = next(answers)
-            return self.answers.record(
-                prompt.index,
-                sample,
-                answer["tokens"],
-                answer["log_probs"],
-                answer["finish_reason"],
-                greedy=not sampling.temperature,
-                versions=[(first, int(label.rpartition(":")[2])) for first, label in answer["labels"]],
-            )
-
-        return [
-            RolloutGroup(prompt=prompt, rollouts=tuple(record(prompt, sample) for sample in range(sampling.group_size)))
-            for prompt in prompts
-        ]
-
-    def _on_first(self, work: Callable[[Fleet], T]) -> T:
+    def on_first(self, work: Callable[[Fleet], T]) -> T:
         """What rank 0 gets of the servers, on every rank; and so an error that is told of a run."""
         outcome: tuple[T | None, str | None] = None, None
         if self.fleet is not None:
@@ -134,6 +118,64 @@ class ServedEngine:
         if self.fleet is not None:
             self.fleet.close()
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class ServedDrawing:
+    """Answers that servers are drawing; rank 0 waits for them."""
+
+    def __init__(self, engine: ServedEngine, prompts: Sequence[Prompt], sampling: Sampling) -> None:
+        self.engine, self.prompts, self.sampling = engine, prompts, sampling
+        self.seconds = 0.0
+        self._answers: Future[list[dict[str, Any]]] | None = None
+        if engine.fleet is not None:
+            self._answers = engine.fleet.submit(self._timed(engine.fleet))
+
+    def wait(self) -> None:
+        """Until they are there, or an error is, which `groups` raises."""
+        if self._answers is not None:
+            self._answers.exception()
+
+    def groups(self) -> list[RolloutGroup]:
+        groups, self.seconds = self.engine.on_first(lambda fleet: (self._groups(), self.seconds))
+        return groups
+
+    async def _timed(self, fleet: Fleet) -> list[dict[str, Any]]:
+        start = perf_counter()
+        answers = await fleet.answer(self._jobs())
+        self.seconds = perf_counter() - start
+        return answers
+
+    def _jobs(self) -> list[Job]:
+        sampling, stop = self.sampling, self.engine.answers.stop
+        return [
+            Job(prompt.token_ids, sampling_parameters(sampling, place, sample, stop))
+            for place, prompt in enumerate(self.prompts)
+            for sample in range(sampling.group_size)
+        ]
+
+    def _groups(self) -> list[RolloutGroup]:
+        assert self._answers is not None
+        answers = iter(self._answers.result())
+        return [
+            RolloutGroup(
+                prompt=prompt,
+                rollouts=tuple(
+                    self._record(prompt, sample, next(answers)) for sample in range(self.sampling.group_size)
+                ),
+            )
+            for prompt in self.prompts
+        ]
+
+    def _record(self, prompt: Prompt, sample: int, answer: dict[str, Any]) -> Rollout:
+        return self.engine.answers.record(
+            prompt.index,
+            sample,
+            answer["tokens"],
+            answer["log_probs"],
+            answer["finish_reason"],
+            greedy=not self.sampling.temperature,
+            versions=[(first, int(label.rpartition(":")[2])) for first, label in answer["labels"]],
+        )
 
 
 def _server(number: int, server: str | Launch) -> Server:
