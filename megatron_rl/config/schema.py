@@ -261,6 +261,7 @@ class ServerConfig:
 class VLLMConfig:
     tp: int = 1  # ranks that share one engine; of a server: its processes
     kv_cache_gb: float = 1.0  # GiB of keys and values on each rank, or in each process of a server
+    sleep: bool = False  # the trainer frees gradients and optimizer state while the engine answers, and the reverse
     server: ServerConfig = field(default_factory=ServerConfig)
 
 

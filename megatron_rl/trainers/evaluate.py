@@ -101,7 +101,7 @@ class Evaluator:
                 stream=(EVALUATION, step),
                 first=first,
             )
-            return score(self.parts.pool, self.parts.engine.generate(prompts, sampling))
+            return score(self.parts.pool, self.parts.generate(prompts, sampling))
 
         greedy = answers(1, 0.0)
         return greedy, answers(config.eval.samples, config.rollout.temperature) if config.eval.samples else []

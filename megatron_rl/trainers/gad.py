@@ -70,7 +70,7 @@ class GadTrainer:
             figures = parts.push(self.actor)
         examples = self.source.next(config.train.batch_size)
         with timer("gen"):
-            groups = parts.engine.generate([prompt for prompt, _ in examples], sampling(config, step, 0))
+            groups = parts.generate([prompt for prompt, _ in examples], sampling(config, step, 0))
         if options.reward_weight:
             with timer("reward"):
                 groups = score(parts.pool, groups)

@@ -69,7 +69,7 @@ class ParityProbe:
             seed=config.train.seed,
             stream=(PROBE, step),
         )
-        groups = self.parts.engine.generate(self.remembered, sampling)
+        groups = self.parts.generate(self.remembered, sampling)
         rollouts: list[Rollout] = [group.rollouts[0] for group in groups]
         samples = [
             from_example(number, group.prompt.token_ids, rollout.token_ids)

@@ -12,14 +12,15 @@ from megatron_rl.config.schema import EngineName, EvaluationConfig, TrainerConfi
 from megatron_rl.data.tokenizer import load_tokenizer, pad_id, read_generation_eos, stop_ids
 from megatron_rl.models.hf_config import load_shape
 from megatron_rl.parallel.collect import gather_over_world
-from megatron_rl.parallel.device import ON_CPU
 from megatron_rl.rewards.pool import RewardPool, score_groups
-from megatron_rl.rollout.engine import Engine
+from megatron_rl.rollout.engine import Engine, Sampling
 from megatron_rl.rollout.hf_engine import HFEngine
 from megatron_rl.rollout.sync import push
+from megatron_rl.rollout.vllm.options import engine_options
 from megatron_rl.rollout.vllm.served import ServedEngine
 from megatron_rl.rollout.vllm.server import Launch
-from megatron_rl.types import RolloutGroup
+from megatron_rl.types import Prompt, RolloutGroup
+from megatron_rl.workers.model_worker import ModelWorker
 from megatron_rl.workers.sharded_model import DTYPES, ShardedModel
 
 
@@ -29,6 +30,7 @@ class Parts:
     def __init__(self, config: Config | EvaluationConfig) -> None:
         self.config = config
         self.tokenizer = load_tokenizer(config.model.path)
+        self.workers: list[ModelWorker] = []  # that train on this rank
 
     @cached_property
     def stop(self) -> tuple[int, ...]:
@@ -64,21 +66,24 @@ class Parts:
             max_tokens=longest,
             kv_cache_gb=rollout.vllm.kv_cache_gb,
             tp=rollout.vllm.tp,
+            sleep=rollout.vllm.sleep,
         )
 
     def _served(self, dtype: torch.dtype, tied: bool, longest: int) -> Engine:
         config, rollout, server = self.config, self.config.rollout, self.config.rollout.vllm.server
         directory, tp = Path(config.run.dir), rollout.vllm.tp
         directory.mkdir(parents=True, exist_ok=True)
+        options = engine_options(
+            config.model.path,
+            dtype=dtype,
+            max_sequences=rollout.max_sequences,
+            max_tokens=longest,
+            kv_cache_gb=rollout.vllm.kv_cache_gb,
+            tp=tp,
+        )
         own = [
             Launch(
-                model=config.model.path,
-                dtype=str(dtype).removeprefix("torch."),
-                max_tokens=longest,
-                max_sequences=rollout.max_sequences,
-                kv_cache_gb=rollout.vllm.kv_cache_gb,
-                tp=tp,
-                eager=ON_CPU,
+                options=options,
                 host=server.host,
                 python=server.python,
                 gpus=tuple(server.gpus[number * tp : (number + 1) * tp]),
@@ -115,6 +120,21 @@ class Parts:
         ignored = self.config.guards.ignore if isinstance(self.config, TrainerConfig) else []
         version = model.version if version is None else version
         return push(model.named_hf_weights, self.engine, version, check="weight_checksum" not in ignored)
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[RolloutGroup]:
+        """One group of answers per prompt, on every rank.
+
+        With `rollout.vllm.sleep` engine and trainer keep memory in turn. Collective.
+        """
+        rollout = self.config.rollout
+        workers = self.workers if rollout.engine is EngineName.vllm and rollout.vllm.sleep else []
+        for worker in workers:
+            worker.give_back()
+        try:
+            return self.engine.generate(prompts, sampling)
+        finally:
+            for worker in workers:
+                worker.take_back()
 
     def close(self) -> None:
         """Ends the reward workers and the engine."""

@@ -43,7 +43,7 @@ def refill(draw: Callable[[int], Sequence[RolloutGroup]], size: int, most: int) 
 def answer(parts: Parts, prompts: Sequence[Prompt], sampling: Sampling, timer: Timer) -> list[RolloutGroup]:
     """Scored answers to the prompts. Collective."""
     with timer("gen"):
-        groups = parts.engine.generate(prompts, sampling)
+        groups = parts.generate(prompts, sampling)
     with timer("reward"):
         return score(parts.pool, groups)
 
@@ -107,7 +107,7 @@ class RolloutBatches:
 
     def _answers(self, step: int, number: int, timer: Timer) -> list[RolloutGroup]:
         with timer("gen"):
-            return self.parts.engine.generate(self._prompts(), sampling(self.config, step, number))
+            return self.parts.generate(self._prompts(), sampling(self.config, step, number))
 
     def state(self) -> dict[str, Any]:
         """The place in the data, and what was drawn ahead. Collective."""

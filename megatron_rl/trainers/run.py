@@ -84,6 +84,7 @@ def run(config: Config) -> None:
     try:
         with StopRequest(announce=mesh.rank == 0 and NOTES not in os.environ) as stop, watch(config.run.hang_timeout_s):
             trainer = build(config, mesh)
+            trainer.parts.workers = [trainer.actor, *([] if trainer.critic is None else [trainer.critic])]
             with closing(trainer.parts):
                 Run(config, mesh, trainer, stop).loop()
     finally:

@@ -143,6 +143,23 @@ class ModelWorker(ShardedModel):
         self.scheduler.num_steps = 0
         self.scheduler.load_state_dict(state["scheduler"])
 
+    def give_back(self) -> None:
+        """Frees the gradient buffers between two steps, and moves Adam's state off a GPU.
+
+        Adam's stays with float32 weights: there it has views of them, which megatron-core would cut off.
+        """
+        for chunk in self.chunks:
+            chunk.offload_grad_buffers()
+        if self.models[0].config.params_dtype != torch.float32:
+            self.optimizer.offload_to_cpu()
+
+    def take_back(self) -> None:
+        """What `give_back` gave; gradients are zero."""
+        for chunk in self.chunks:
+            chunk.restore_grad_buffers()
+        if self.models[0].config.params_dtype != torch.float32:
+            self.optimizer.restore_from_cpu()
+
     def close(self) -> None:
         """Frees the buffers and process groups of a worker that the process is to outlive.
 

@@ -61,6 +61,7 @@ def followed(directory: str, layout: dict, tp: int, updates: int) -> tuple[list[
 
     worker = make_worker(directory, layout)
     engine = make_engine(directory, tp=tp)
+    assert not [path for path in Path("/dev/shm").iterdir() if "cpushm" in path.name]
     gaps = []
     for number in range(1 + updates):
         if number:
@@ -140,6 +141,26 @@ def test_draws_have_keys_and_texts_end_responses(pool: Pool, models: dict[str, s
     assert ended > 0
 
 
+def many_long_prompts(directory: str) -> list:
+    """More tokens than are read in one pass."""
+    from megatron_rl.rollout.sync import push
+    from megatron_rl.types import Prompt
+
+    worker = make_worker(directory, {})
+    engine = make_engine(directory, max_tokens=512)
+    push(worker.named_hf_weights, engine, worker.version)
+    long = [Prompt(index=i, text="", token_ids=tuple(5 + (i * j) % 90 for j in range(450))) for i in range(1, 13)]
+    groups = [engine.generate(asked, sampling(group_size=1)) for asked in (long, long[:1])]
+    engine.close()
+    return [[group.rollouts[0].token_ids for group in asked] for asked in groups]
+
+
+def test_prompts_that_do_not_fit_into_one_pass(pool: Pool, models: dict[str, str]) -> None:
+    """vLLM would read one of them in parts, which it cannot on a CPU where requests have seeds."""
+    ((together, alone),) = pool.run(many_long_prompts, 1, models["llama"])
+    assert len(together) == 12 and together[:1] == alone
+
+
 CONFIG = """
 trainer: grpo
 model: {path: model}
@@ -174,6 +195,47 @@ def test_three_steps_of_training(pool: Pool, folder: Path, tmp_path: Path, layou
     for row in rows:
         assert row["rollout/log_prob_gap_max"] < 1e-4 and row["sync/wrong_tensors"] == 0
     assert max(row["actor/grad_norm"] for row in rows) > 0
+
+
+BFLOAT16 = ["model.dtype=bfloat16", "rollout.parity_tolerance=1"]
+
+
+def frugal(cwd: str, config: str, overrides: list[str]) -> set[int]:
+    """The bytes of gradients that are held while the engine answers."""
+    from megatron_rl.rollout.vllm.engine import VLLMEngine
+    from megatron_rl.workers.model_worker import ModelWorker
+
+    workers: list[ModelWorker] = []
+    held = set()
+    with pytest.MonkeyPatch.context() as patch:
+        make, generate = ModelWorker.__init__, VLLMEngine.generate
+
+        def made(self: Any, *arguments: Any, **options: Any) -> None:
+            make(self, *arguments, **options)
+            workers.append(self)
+
+        def answering(self: Any, *arguments: Any) -> list:
+            buffers = [buffer for worker in workers for chunk in worker.chunks for buffer in chunk.buffers]
+            held.add(sum(buffer.grad_data.untyped_storage().nbytes() for buffer in buffers))
+            return generate(self, *arguments)
+
+        patch.setattr(ModelWorker, "__init__", made)
+        patch.setattr(VLLMEngine, "generate", answering)
+        train(cwd, config, overrides)
+    return held
+
+
+def test_gradients_are_freed_while_the_engine_answers(pool: Pool, folder: Path, tmp_path: Path) -> None:
+    """And every figure is the same. On a CPU vLLM keeps its own memory."""
+    options = {
+        name: [f"run.dir={tmp_path}/{name}", f"rollout.vllm.sleep={name}", *BFLOAT16] for name in ("false", "true")
+    }
+    (all_the_time,) = pool.run(frugal, 1, str(folder), "config.yaml", options["false"])
+    assert len(all_the_time) == 1 and min(all_the_time) > 0
+    assert pool.run(frugal, 1, str(folder), "config.yaml", options["true"]) == [{0}]
+    figures = ("critic/score/mean", "actor/loss", "actor/grad_norm", "rollout/entropy")
+    for row, wanted in zip(steps(tmp_path / "true"), steps(tmp_path / "false"), strict=True):
+        assert [row[key] for key in figures] == [wanted[key] for key in figures]
 
 
 def planted(cwd: str, config: str, overrides: list[str], trap: str) -> str:

@@ -41,23 +41,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def launch(model: Path, log: Path, **changes: Any) -> Any:
+def launch(model: Path, log: Path) -> Any:
+    from megatron_rl.rollout.vllm.options import engine_options
     from megatron_rl.rollout.vllm.server import Launch
 
-    defaults = {
-        "model": str(model),
-        "dtype": "float32",
-        "max_tokens": 512,
-        "max_sequences": 64,
-        "kv_cache_gb": 0.1,
-        "tp": 1,
-        "eager": True,
-        "host": "127.0.0.1",
-        "python": None,
-        "gpus": (),
-        "log": log,
-    }
-    return Launch(**(defaults | changes))
+    options = engine_options(model, dtype=torch.float32, max_sequences=64, max_tokens=512, kv_cache_gb=0.1, tp=1)
+    return Launch(options=options, host="127.0.0.1", python=None, gpus=(), log=log)
 
 
 @pytest.fixture(scope="module")
@@ -154,8 +143,11 @@ def in_flight(model: str, url: str) -> tuple[list, list]:
     asker.start()
     while fleet.submit(fleet.servers[0].tokens(5)).result() < before + 5 * 100:
         time.sleep(0.01)
-    engine.load_weights(weights_of(model, 1.05), 1)
+    # What the trainer does once the answers are there; a server takes it at any time.
+    engine.files.write(weights_of(model, 1.05), engine._label(1))
+    fleet.submit(fleet.update(engine._label(1))).result()
     asker.join()
+    engine.version = 1
     again = engine.generate(prompts(), sampling(group_size=1))
     engine.close()
     return found, again

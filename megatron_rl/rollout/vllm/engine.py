@@ -7,6 +7,7 @@ that the old weights left behind are dropped, and expert layers on a CPU are pac
 
 import os
 import random
+import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,11 +20,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from megatron_rl.metrics.progress import tick
-from megatron_rl.parallel.collect import gather_over_world
+from megatron_rl.parallel.collect import from_first_rank, gather_over_world
 from megatron_rl.parallel.device import ON_CPU
 from megatron_rl.rollout.checksum import checksum
 from megatron_rl.rollout.engine import Sampling
 from megatron_rl.rollout.vllm.experts import pack_experts_again
+from megatron_rl.rollout.vllm.options import engine_options
 from megatron_rl.rollout.vllm.requests import Answers, sampling_parameters
 from megatron_rl.rollout.vllm.weights import with_output_layer
 from megatron_rl.types import Prompt, Rollout, RolloutGroup
@@ -52,29 +54,29 @@ class VLLMEngine:
         max_tokens: int,
         kv_cache_gb: float,
         tp: int = 1,
+        sleep: bool = False,
     ) -> None:
         self.answers, self.dtype, self.tied, self.tp = Answers(tokenizer, stop), dtype, tied, tp
         self.version = -1
         self.taken: dict[str, int] = {}
         self.requests = 0
+        self.sleeps = sleep and not ON_CPU  # vLLM does not on a CPU
+        self.asleep = False
         with _as_it_was():
-            self.llm = _start(
-                model=str(path),
-                load_format="dummy",  # the first update brings every tensor
-                dtype=str(dtype).removeprefix("torch."),
-                enforce_eager=ON_CPU,
-                max_model_len=max_tokens,
-                max_num_seqs=max_sequences,
-                kv_cache_memory_bytes=int(kv_cache_gb * 2**30),
-                tensor_parallel_size=tp,
-                generation_config="vllm",  # the run's config says how to sample, not the model's
-                logprobs_mode="processed_logprobs",
-                seed=0,
+            options = engine_options(
+                path,
+                dtype=dtype,
+                max_sequences=max_sequences,
+                max_tokens=max_tokens,
+                kv_cache_gb=kv_cache_gb,
+                tp=tp,
             )
+            self.llm = _start(enable_sleep_mode=self.sleeps, **options)
 
     @torch.no_grad()
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         self.taken = {}
+        self._wake()
         with _as_it_was():
             self._update(with_output_layer(self._noting(weights), self.tied))
         self.version = version
@@ -101,10 +103,23 @@ class VLLMEngine:
         """Engines take prompts in turn; the groups come together again on every rank, in the order of the prompts."""
         engine, engines = dist.get_rank() // self.tp, dist.get_world_size() // self.tp
         mine = range(engine, len(prompts), engines)
+        self._wake()
         answers = self._answers(prompts, mine, sampling)
+        self._sleep()
         groups = [(place, RolloutGroup(prompt=prompts[place], rollouts=tuple(answers[place]))) for place in mine]
         first = dist.get_rank() % self.tp == 0  # of the ranks that share an engine
         return [group for _, group in sorted(gather_over_world(groups if first else []), key=lambda item: item[0])]
+
+    def _sleep(self) -> None:
+        """Weights go to the host's memory; keys and values are dropped."""
+        if self.sleeps:
+            self.llm.sleep(level=1)
+            self.asleep = True
+
+    def _wake(self) -> None:
+        if self.asleep:
+            self.llm.wake_up()
+            self.asleep = False
 
     def _answers(
         self, prompts: Sequence[Prompt], mine: Sequence[int], sampling: Sampling
@@ -159,13 +174,43 @@ def _start(**options: Any) -> Any:
     """A `vllm.LLM` among the ranks of this world, whose process groups it uses."""
     # vLLM asks torchrun's variables for its place, which a rank need not have been started with.
     place = {"RANK": str(dist.get_rank()), "LOCAL_RANK": os.environ.get("LOCAL_RANK", str(dist.get_rank()))}
-    before = {name: os.environ.get(name) for name in place}
-    os.environ.update(ENVIRONMENT | place)
-    try:
+    name = from_first_rank(f"megatron_rl-{secrets.token_hex(4)}")
+    with _environment(ENVIRONMENT, place), _shared_memory(name):
         from vllm import LLM
 
         pack_experts_again()
         return LLM(distributed_executor_backend="external_launcher", **options)
+
+
+@contextmanager
+def _shared_memory(name: str) -> Iterator[None]:
+    """Of an engine over several ranks of a CPU: vLLM 0.32 would call it the same in every run on this host.
+
+    Once all ranks have it, the name is removed: so it goes with the last of them, however that ends.
+    """
+    if not ON_CPU:
+        yield
+        return
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed as Segment
+
+    original = Segment.make_group_name
+    Segment.make_group_name = staticmethod(lambda communicator: f"{name}{original(communicator).lstrip('/')}")
+    try:
+        yield
+    finally:
+        Segment.make_group_name = staticmethod(original)
+    dist.barrier()
+    for segment in Path("/dev/shm").glob(f"{name}*"):
+        segment.unlink(missing_ok=True)
+
+
+@contextmanager
+def _environment(kept: Mapping[str, str], during: Mapping[str, str]) -> Iterator[None]:
+    """Sets variables; those of `during` are as before afterwards."""
+    before = {name: os.environ.get(name) for name in during}
+    os.environ.update({**kept, **during})
+    try:
+        yield
     finally:
         for name, value in before.items():
             if value is None:

@@ -1,9 +1,11 @@
-"""The process of a server: `python -m megatron_rl.rollout.vllm.process TRAINER FOLDER COMMAND...`.
+"""What ends with the trainer, however it ends: servers, and the folder of weights.
+
+    python -m megatron_rl.rollout.vllm.process TRAINER FOLDER [COMMAND...]
 
     trainer -> keeper -> warden -> server and what it starts
 
-The keeper ends the server when the trainer ends, however it does, and then removes the folder of weights. The warden
-sees to it that no process of the server is left, and no shared memory where the kernel lets it (`rewards/warden.py`).
+With a command, a keeper of a server: the warden sees to it that no process of it is left, and no shared memory where
+the kernel lets it (`rewards/warden.py`). Without one, a keeper of the folder, which it removes.
 """
 
 import ctypes
@@ -22,7 +24,7 @@ _ROOT = Path(__file__).parents[3]
 
 
 def start(command: Sequence[str], environment: Mapping[str, str], log: Path, folder: Path) -> subprocess.Popen[bytes]:
-    """The keeper of a new server. What the server prints goes to the end of `log`."""
+    """A keeper. What its server prints goes to the end of `log`."""
     path = os.pathsep.join(filter(None, [str(_ROOT), environment.get("PYTHONPATH")]))
     keeper = [sys.executable, "-m", __name__, str(os.getpid()), str(folder), *command]
     with log.open("ab") as output:
@@ -37,7 +39,7 @@ def start(command: Sequence[str], environment: Mapping[str, str], log: Path, fol
 
 
 def end(keeper: subprocess.Popen[bytes]) -> None:
-    """Ends the server at once, and waits until nothing of it is left."""
+    """Ends what is kept at once, and waits until nothing of it is left."""
     if keeper.poll() is None:
         keeper.send_signal(STOP)
     keeper.wait()
@@ -49,15 +51,19 @@ def main() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {STOP, signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, STOP)
+    orphaned = os.getppid() != int(trainer)
+    if not command:
+        if not orphaned:
+            signal.sigwait({STOP})
+        shutil.rmtree(folder, ignore_errors=True)
+        return
     if (warden := os.fork()) == 0:
         if fork_under_warden():
             private_shared_memory(folder)
         os.execvp(command[0], command)
-    if os.getppid() != int(trainer) or signal.sigwait({STOP, signal.SIGCHLD}) == STOP:
+    if orphaned or signal.sigwait({STOP, signal.SIGCHLD}) == STOP:
         os.kill(warden, STOP)
     _, status = os.waitpid(warden, 0)
-    if os.getppid() != int(trainer):
-        shutil.rmtree(folder, ignore_errors=True)
     os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
 
 

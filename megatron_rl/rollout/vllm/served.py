@@ -4,7 +4,7 @@ Weights pass through files in shared memory, or in a folder on a filesystem that
 until the next version: a server that dies gets them again.
 """
 
-import shutil
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_rl.metrics.progress import tick
 from megatron_rl.parallel.collect import from_first_rank
 from megatron_rl.rollout.engine import Sampling
+from megatron_rl.rollout.vllm import process
 from megatron_rl.rollout.vllm.fleet import Fleet, Job
 from megatron_rl.rollout.vllm.requests import Answers, sampling_parameters
 from megatron_rl.rollout.vllm.server import Launch, Server
@@ -56,6 +57,7 @@ class ServedEngine:
             parent = exchange or (SHARED_MEMORY if SHARED_MEMORY.is_dir() else None)
             self.folder = Path(tempfile.mkdtemp(prefix="megatron_rl-", dir=parent))
             self.files = WeightFiles(self.folder)
+            self.keeper = process.start([], os.environ, Path(os.devnull), self.folder)
             self.fleet = Fleet(
                 [_server(number, server) for number, server in enumerate(servers)],
                 self.folder,
@@ -117,7 +119,7 @@ class ServedEngine:
         """Ends the servers that were started, and removes the weights."""
         if self.fleet is not None:
             self.fleet.close()
-            shutil.rmtree(self.folder, ignore_errors=True)
+            process.end(self.keeper)
 
 
 class ServedDrawing:

@@ -6,7 +6,7 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import httpx
 
 from megatron_rl.metrics.progress import tick
 from megatron_rl.rollout.vllm import process
+from megatron_rl.rollout.vllm.options import as_flags
 from megatron_rl.rollout.vllm.receiver import TIED
 
 CONNECT_S = 10.0
@@ -33,6 +34,11 @@ ENVIRONMENT = {
     "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600",
     "HF_HUB_OFFLINE": "1",
 }
+OF_A_SERVER = {
+    "worker_extension_cls": "megatron_rl.rollout.vllm.receiver.Receiver",
+    "enable_scale_out": True,  # opens the verb for tokens
+    "uvicorn_log_level": "warning",
+}
 
 
 class ServerError(Exception):
@@ -45,41 +51,17 @@ class RequestError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launch:
-    """How a server is started."""
+    """How a server is started; `options` are those of `engine_options`."""
 
-    model: str
-    dtype: str
-    max_tokens: int
-    max_sequences: int
-    kv_cache_gb: float
-    tp: int
-    eager: bool
+    options: Mapping[str, Any]
     host: str
     python: str | None
     gpus: tuple[int, ...]
     log: Path
 
     def command(self, port: int) -> list[str]:
-        options = {
-            "model": self.model,
-            "host": self.host,
-            "port": port,
-            "dtype": self.dtype,
-            "max-model-len": self.max_tokens,
-            "max-num-seqs": self.max_sequences,
-            "kv-cache-memory-bytes": int(self.kv_cache_gb * 2**30),
-            "tensor-parallel-size": self.tp,
-            "distributed-executor-backend": "uni" if self.tp == 1 else "mp",
-            "seed": 0,
-            "uvicorn-log-level": "warning",
-            "load-format": "dummy",  # the first update brings every tensor
-            "generation-config": "vllm",  # the run's config says how to sample, not the model's
-            "logprobs-mode": "processed_logprobs",
-            "worker-extension-cls": "megatron_rl.rollout.vllm.receiver.Receiver",
-        }
-        flags = ["--enable-scale-out", *(["--enforce-eager"] if self.eager else [])]
-        listed = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-        return [self.python or sys.executable, "-m", "vllm.entrypoints.openai.api_server", *listed, *flags]
+        program = [self.python or sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+        return [*program, *as_flags({**self.options, "host": self.host, "port": port, **OF_A_SERVER})]
 
     def environment(self, folder: Path) -> dict[str, str]:
         """Its sockets are files in the folder."""
