@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 import torch
 
 from megatron_rl.rollout.vllm.fleet import Fleet, Job
-from megatron_rl.rollout.vllm.server import Server
+from megatron_rl.rollout.vllm.options import engine_options
+from megatron_rl.rollout.vllm.server import Launch, Server
 from megatron_rl.rollout.vllm.weights import EMBEDDING, OUTPUT, WeightFiles, read_weights, with_output_layer
 from megatron_rl.types import RunError
 
@@ -205,3 +207,18 @@ def test_a_tied_output_layer_has_a_name_of_its_own() -> None:
     weights = [(EMBEDDING, torch.ones(2)), ("model.norm.weight", torch.zeros(2))]
     assert [name for name, _ in with_output_layer(weights, tied=True)] == [EMBEDDING, OUTPUT, "model.norm.weight"]
     assert [name for name, _ in with_output_layer(weights, tied=False)] == [EMBEDDING, "model.norm.weight"]
+
+
+def test_the_documented_command_starts_a_server_as_the_trainer_does() -> None:
+    """What does not depend on the run is the same."""
+    options = engine_options("MODEL", dtype=torch.bfloat16, max_sequences=64, max_tokens=4096, kv_cache_gb=4.0, tp=1)
+    launch = Launch(options=options, host="127.0.0.1", python=None, gpus=(), log=Path("log"))
+    words = (Path(__file__).parents[2] / "docs" / "vllm.md").read_text().replace("`", " ").split()
+    command = launch.command(8000)[2:]
+    ours = {"--port", "--host", "--max-num-seqs", "--tensor-parallel-size", "--seed", "--uvicorn-log-level"}
+    pairs = [(flag, value) for flag, value in pairwise([*command, "--"]) if flag.startswith("--") and flag not in ours]
+    assert len(pairs) > 8
+    for flag, value in pairs:
+        assert flag in words, flag
+        assert value.startswith("--") or words[words.index(flag) + 1].rstrip(",") == value, flag
+    assert f"VLLM_SERVER_DEV_MODE={launch.environment(Path('x'))['VLLM_SERVER_DEV_MODE']}" in words

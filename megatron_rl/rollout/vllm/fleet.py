@@ -135,8 +135,9 @@ class Fleet:
             if server.starts > self.restarts:
                 raise ServerError(f"{server} has ended {server.starts} times since the last weight update")
             await asyncio.to_thread(server.start, self.folder)
-        # One that was lost may be back; it is not waited for.
-        return await server.wait(0 if server.lost else self.start_timeout_s, needed)
+        # A running one that was lost may be back; it is not waited for.
+        missed = server.lost and server.launch is None
+        return await server.wait(0 if missed else self.start_timeout_s, needed)
 
     async def _give_weights(self, server: Server) -> None:
         seconds = self.start_timeout_s
