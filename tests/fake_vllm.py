@@ -94,6 +94,7 @@ class Handler(BaseHTTPRequestHandler):
         with LOCK:
             STATE["tokens"] += 2
         choice = {
+            "index": 0,
             "token_ids": [seed, *ids],
             "finish_reason": "stop",
             "logprobs": {"content": [{"logprob": -0.5}] * (1 + len(ids))},

@@ -30,6 +30,7 @@ from megatron_rl.config.schema import (
     PolicyConfig,
     PolicyGradientConfig,
     PpoConfig,
+    RolloutConfig,
     RolloutTrainerConfig,
     SamplingConfig,
     SdpoConfig,
@@ -172,6 +173,14 @@ def _check_server(rollout: SamplingConfig) -> None:
     _require(server.restarts >= 0, f"rollout.vllm.server.restarts={server.restarts} must not be negative")
 
 
+def _check_groups(rollout: RolloutConfig) -> None:
+    _require(
+        rollout.engine is not EngineName.vllm_server or rollout.group_size <= rollout.max_sequences,
+        f"rollout.group_size={rollout.group_size} responses are asked of a server together, and "
+        f"rollout.max_sequences={rollout.max_sequences} are the most: raise it",
+    )
+
+
 def _check_ahead(config: RolloutTrainerConfig) -> None:
     if not config.rollout.vllm.server.ahead:
         return
@@ -263,6 +272,7 @@ def check(config: Config | EvaluationConfig) -> None:
         _check_updates(config)
         _check_truncation(config.rollout)
         _check_ahead(config)
+        _check_groups(config.rollout)
     if isinstance(config, LikelihoodConfig):
         _check_likelihood(config)
     if isinstance(config, ExpertIterationConfig):

@@ -185,6 +185,11 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
         ["rollout.engine=vllm_server", "rollout.vllm.server.ahead=true"],
         ["rollout.vllm.server.ahead=true", "rollout_correction.level=token"],
     ),
+    "groups larger than what a server takes": (
+        lambda folder: None,
+        ["rollout.engine=vllm_server", "rollout.group_size=4", "rollout.max_sequences=2"],
+        ["rollout.group_size=4", "rollout.max_sequences=2"],
+    ),
     "too few GPUs for the servers": (
         lambda folder: None,
         ["rollout.engine=vllm_server", "rollout.vllm.server.gpus=[0, 1]", "rollout.vllm.tp=4"],

@@ -19,7 +19,7 @@ from megatron_rl.rollout.vllm.weights import EMBEDDING, OUTPUT, WeightFiles, rea
 from megatron_rl.types import RunError
 
 FAKE = Path(__file__).parents[1] / "fake_vllm.py"
-JOBS = [Job((number % 7, number % 3), {"seed": number}) for number in range(60)]
+JOBS = [Job((number % 7, number % 3), {"seed": number, "n": 1}) for number in range(60)]
 
 
 @dataclass
@@ -54,7 +54,7 @@ def make(tmp_path: Path) -> Iterator[MakeFleet]:
     def make_fleet(faults: dict[str, str], servers: list[Server] | None = None, **options: Any) -> Fleet:
         for name, lines in faults.items():
             (tmp_path / f"{name}.faults").write_text(lines.replace(", ", "\n"))
-        defaults = {"tied": False, "slots": 4, "start_timeout_s": 20.0, "timeout_s": 1.0, "restarts": 2}
+        defaults = {"tied": False, "max_sequences": 2, "start_timeout_s": 20.0, "timeout_s": 1.0, "restarts": 2}
         own = [Server(i, None, FakeLaunch(tmp_path, name)) for i, name in enumerate(faults)]  # type: ignore[arg-type]
         made.append(Fleet(own if servers is None else servers, tmp_path, **(defaults | options)))
         return made[-1]
@@ -70,7 +70,9 @@ def update(fleet: Fleet, label: str = "run:1") -> None:
 
 
 def answer(fleet: Fleet, jobs: list[Job] = JOBS) -> list[dict]:
-    return fleet.submit(fleet.answer(jobs)).result(60)
+    groups = fleet.submit(fleet.answer(jobs)).result(60)
+    assert all(len(group) == 1 for group in groups)
+    return [response for group in groups for response in group]
 
 
 def check(answers: list[dict], label: str = "run:1", jobs: list[Job] = JOBS) -> None:
@@ -186,6 +188,20 @@ def test_a_running_server_that_is_lost_and_comes_back(make: MakeFleet, tmp_path:
     own.launch = None
     with pytest.raises(RunError, match=r"no vLLM server is left: vLLM server 0 at .* did not answer within 2 s"):
         answer(fleet)
+
+
+def test_a_running_server_that_hangs_is_lost(make: MakeFleet, tmp_path: Path) -> None:
+    """Nobody here can start it again; its requests go to the other, or the run ends."""
+    other = make({"b": "generate 0 hangs"})
+    update(other, "other:1")
+    running = Server(1, other.servers[0].url, None)
+    fleet = make({}, [Server(0, None, FakeLaunch(tmp_path, "a")), running])  # type: ignore[arg-type]
+    update(fleet)
+    check(answer(fleet))
+    alone = make({}, [Server(0, other.servers[0].url, None)])
+    update(alone)
+    with pytest.raises(RunError, match=r"no vLLM server is left: vLLM server 0 at .* has not moved for 1 s"):
+        answer(alone)
 
 
 def test_weights_pass_through_files(tmp_path: Path) -> None:

@@ -126,34 +126,36 @@ class VLLMEngine:
     ) -> Mapping[int, Sequence[Rollout]]:
         """By place the responses to a prompt; requests are handed in together and batched by vLLM."""
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
         engine = self.llm.llm_engine
-        jobs: dict[str, tuple[int, int]] = {}
+        places: dict[str, int] = {}
         for place in mine:
-            for sample in range(sampling.group_size):
-                self.requests += 1
-                jobs[str(self.requests)] = place, sample
-                engine.add_request(
-                    str(self.requests),
-                    {"prompt_token_ids": list(prompts[place].token_ids)},
-                    SamplingParams(**sampling_parameters(sampling, place, sample, self.answers.stop)),
-                )
-        found: dict[tuple[int, int], Rollout] = {}
+            self.requests += 1
+            places[str(self.requests)] = place
+            parameters = sampling_parameters(sampling, place, self.answers.stop)
+            engine.add_request(
+                str(self.requests),
+                {"prompt_token_ids": list(prompts[place].token_ids)},
+                SamplingParams(**parameters, output_kind=RequestOutputKind.FINAL_ONLY),
+            )
+        found: dict[int, Sequence[Rollout]] = {}
         while engine.has_unfinished_requests():
             tick()
             for output in engine.step():
                 if output.finished:
-                    place, sample = jobs[output.request_id]
-                    found[place, sample] = self._record(prompts[place].index, sample, output.outputs[0], sampling)
-        return {place: [found[place, sample] for sample in range(sampling.group_size)] for place in mine}
+                    place = places[output.request_id]
+                    responses = sorted(output.outputs, key=lambda response: int(response.index))
+                    found[place] = [self._record(prompts[place].index, response, sampling) for response in responses]
+        return found
 
-    def _record(self, prompt_index: int, sample: int, output: Any, sampling: Sampling) -> Rollout:
+    def _record(self, prompt_index: int, response: Any, sampling: Sampling) -> Rollout:
         return self.answers.record(
             prompt_index,
-            sample,
-            output.token_ids,
-            [entry[token].logprob for token, entry in zip(output.token_ids, output.logprobs, strict=True)],
-            output.finish_reason,
+            response.index,
+            response.token_ids,
+            [entry[token].logprob for token, entry in zip(response.token_ids, response.logprobs, strict=True)],
+            response.finish_reason,
             greedy=not sampling.temperature,
             versions=[(0, self.version)],
         )

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from math import ceil
 from pathlib import Path
 from threading import Thread
 from typing import Any, TypeVar
@@ -17,14 +18,19 @@ from megatron_rl.rollout.vllm.server import RequestError, Server, ServerError
 from megatron_rl.types import RunError
 
 T = TypeVar("T")
+Answer = list[dict[str, Any]]  # the responses of a group, as `Server.generate` has them
 
 MOST_TRIES = 5  # of one request
 LOOK_EVERY_S = 2.0  # at a server that works
 
 
+class Stall(ServerError):
+    """A server has requests and does nothing."""
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One response to be drawn."""
+    """A prompt, and how the group of its responses is drawn."""
 
     token_ids: tuple[int, ...]
     parameters: dict[str, Any]
@@ -35,7 +41,7 @@ class Batch:
     """Jobs that are answered together. Each is answered once: it waits, is in one server's hands, or is done."""
 
     jobs: Sequence[Job]
-    answers: dict[int, dict[str, Any]] = field(default_factory=dict)
+    answers: dict[int, Answer] = field(default_factory=dict)
     tries: dict[int, int] = field(default_factory=dict)
     waiting: asyncio.Queue[int] = field(default_factory=asyncio.Queue)
     done: asyncio.Event = field(default_factory=asyncio.Event)
@@ -46,7 +52,7 @@ class Batch:
         if not self.jobs:
             self.done.set()
 
-    def answer(self, number: int, answer: dict[str, Any]) -> None:
+    def answer(self, number: int, answer: Answer) -> None:
         tick()
         self.answers[number] = answer
         if len(self.answers) == len(self.jobs):
@@ -54,7 +60,10 @@ class Batch:
 
 
 class Fleet:
-    """`slots` requests are in flight at one server; a free slot takes the next that waits, so the faster do more."""
+    """A server has as many requests in flight as fill it twice; then the next that waits goes where one is answered.
+
+    So the faster do more, and a group of which one response is long leaves no hole. `max_sequences` fill a server.
+    """
 
     def __init__(
         self,
@@ -62,12 +71,12 @@ class Fleet:
         folder: Path,
         *,
         tied: bool,
-        slots: int,
+        max_sequences: int,
         start_timeout_s: float,
         timeout_s: float,
         restarts: int,
     ) -> None:
-        self.servers, self.folder, self.tied, self.slots = list(servers), folder, tied, slots
+        self.servers, self.folder, self.tied, self.max_sequences = list(servers), folder, tied, max_sequences
         self.start_timeout_s, self.timeout_s, self.restarts = start_timeout_s, timeout_s, restarts
         self.label = ""  # of the weights in the folder
         self.checksums: Mapping[str, int] = {}
@@ -86,7 +95,7 @@ class Fleet:
             server.starts = 0
         self._raise_if_all_are_lost(await asyncio.gather(*(self._bring(server) for server in self.servers)))
 
-    async def answer(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+    async def answer(self, jobs: Sequence[Job]) -> list[Answer]:
         """The answers, in order."""
         batch = Batch(jobs)
         work = [asyncio.create_task(self._work(server, batch)) for server in self.servers]
@@ -153,22 +162,36 @@ class Fleet:
         """Answers what waits, until all is answered by this server or others; or why this one is lost."""
         while not batch.done.is_set():
             if loss := await self._bring(server, lambda: not batch.done.is_set()):
-                _tell(f"{loss}; the run goes on without it" if len(self.servers) > 1 else loss)
-                return loss
+                return self._lost(server, loss)
             done = asyncio.create_task(batch.done.wait())
             parts: list[asyncio.Task[Any]] = [done, asyncio.create_task(self._watch(server))]
-            parts += [asyncio.create_task(self._slot(server, batch)) for _ in range(self.slots)]
+            parts += [asyncio.create_task(self._slot(server, batch)) for _ in range(self._slots(batch))]
             try:
                 ended, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
                 for part in ended:
                     part.result()
             except RequestError as error:
                 raise RunError(str(error)) from error
+            except Stall as error:
+                if server.launch is None:
+                    return self._lost(server, str(error))
+                _tell(f"{error}; it is started again")
+                await asyncio.to_thread(server.end)
             except ServerError as error:
                 _tell(f"{error}; its requests wait for it or go to others")
             finally:
                 await _cancel(parts)
         return None
+
+    def _slots(self, batch: Batch) -> int:
+        largest = max(job.parameters["n"] for job in batch.jobs)
+        return 2 * ceil(self.max_sequences / largest)
+
+    def _lost(self, server: Server, loss: str) -> str:
+        server.lost = True
+        if len(self.servers) > 1:
+            _tell(f"{loss}; the run goes on without it")
+        return loss
 
     async def _slot(self, server: Server, batch: Batch) -> None:
         """One request after another."""
@@ -189,10 +212,7 @@ class Fleet:
                 raise
 
     async def _watch(self, server: Server) -> None:
-        """ServerError where the process ends, or for `timeout_s` no token is read or drawn though requests are there.
-
-        One that was started and hangs is ended, so that it is started again.
-        """
+        """Raises where the process ends, or for `timeout_s` no token is read or drawn though requests are there."""
         loop = asyncio.get_running_loop()
         before, since = -1.0, loop.time()
         while True:
@@ -207,8 +227,7 @@ class Fleet:
                 tick()
                 before, since = tokens, loop.time()
             elif loop.time() - since > self.timeout_s:
-                await asyncio.to_thread(server.end)
-                raise ServerError(f"{server} has not moved for {self.timeout_s:g} s")
+                raise Stall(f"{server} has not moved for {self.timeout_s:g} s")
 
 
 async def _cancel(tasks: Sequence["asyncio.Task[Any]"]) -> None:

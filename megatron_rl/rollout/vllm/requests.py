@@ -11,13 +11,15 @@ from megatron_rl.rollout.engine import Sampling
 from megatron_rl.types import FinishReason, Rollout
 
 
-def sampling_parameters(sampling: Sampling, place: int, sample: int, stop: Sequence[int]) -> dict[str, Any]:
-    """The arguments of `vllm.SamplingParams`.
+def sampling_parameters(sampling: Sampling, place: int, stop: Sequence[int]) -> dict[str, Any]:
+    """The arguments of `vllm.SamplingParams` for the group of a prompt.
 
-    Each response has a seed of its own, keyed as the random numbers of the `hf` engine are.
+    The group's seed is keyed as the random numbers of the `hf` engine are; vLLM gives its k-th response the k-th seed
+    from there.
     """
-    key = [sampling.seed, *sampling.stream, sampling.first + place, sample]
+    key = [sampling.seed, *sampling.stream, sampling.first + place]
     return {
+        "n": sampling.group_size,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p if sampling.temperature else 1.0,
         "top_k": sampling.top_k if sampling.temperature else 0,

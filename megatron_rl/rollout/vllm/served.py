@@ -21,7 +21,7 @@ from megatron_rl.metrics.progress import tick
 from megatron_rl.parallel.collect import from_first_rank
 from megatron_rl.rollout.engine import Sampling
 from megatron_rl.rollout.vllm import process
-from megatron_rl.rollout.vllm.fleet import Fleet, Job
+from megatron_rl.rollout.vllm.fleet import Answer, Fleet, Job
 from megatron_rl.rollout.vllm.requests import Answers, sampling_parameters
 from megatron_rl.rollout.vllm.server import Launch, Server
 from megatron_rl.rollout.vllm.weights import WeightFiles
@@ -62,7 +62,7 @@ class ServedEngine:
                 [_server(number, server) for number, server in enumerate(servers)],
                 self.folder,
                 tied=tied,
-                slots=max_sequences,
+                max_sequences=max_sequences,
                 start_timeout_s=start_timeout_s,
                 timeout_s=timeout_s,
                 restarts=restarts,
@@ -128,7 +128,7 @@ class ServedDrawing:
     def __init__(self, engine: ServedEngine, prompts: Sequence[Prompt], sampling: Sampling) -> None:
         self.engine, self.prompts, self.sampling = engine, prompts, sampling
         self.seconds = 0.0
-        self._answers: Future[list[dict[str, Any]]] | None = None
+        self._answers: Future[list[Answer]] | None = None
         if engine.fleet is not None:
             self._answers = engine.fleet.submit(self._timed(engine.fleet))
 
@@ -141,42 +141,38 @@ class ServedDrawing:
         groups, self.seconds = self.engine.on_first(lambda fleet: (self._groups(), self.seconds))
         return groups
 
-    async def _timed(self, fleet: Fleet) -> list[dict[str, Any]]:
+    async def _timed(self, fleet: Fleet) -> list[Answer]:
         start = perf_counter()
         answers = await fleet.answer(self._jobs())
         self.seconds = perf_counter() - start
         return answers
 
     def _jobs(self) -> list[Job]:
-        sampling, stop = self.sampling, self.engine.answers.stop
+        stop = self.engine.answers.stop
         return [
-            Job(prompt.token_ids, sampling_parameters(sampling, place, sample, stop))
+            Job(prompt.token_ids, sampling_parameters(self.sampling, place, stop))
             for place, prompt in enumerate(self.prompts)
-            for sample in range(sampling.group_size)
         ]
 
     def _groups(self) -> list[RolloutGroup]:
         assert self._answers is not None
-        answers = iter(self._answers.result())
         return [
             RolloutGroup(
                 prompt=prompt,
-                rollouts=tuple(
-                    self._record(prompt, sample, next(answers)) for sample in range(self.sampling.group_size)
-                ),
+                rollouts=tuple(self._record(prompt, sample, response) for sample, response in enumerate(responses)),
             )
-            for prompt in self.prompts
+            for prompt, responses in zip(self.prompts, self._answers.result(), strict=True)
         ]
 
-    def _record(self, prompt: Prompt, sample: int, answer: dict[str, Any]) -> Rollout:
+    def _record(self, prompt: Prompt, sample: int, response: dict[str, Any]) -> Rollout:
         return self.engine.answers.record(
             prompt.index,
             sample,
-            answer["tokens"],
-            answer["log_probs"],
-            answer["finish_reason"],
+            response["tokens"],
+            response["log_probs"],
+            response["finish_reason"],
             greedy=not self.sampling.temperature,
-            versions=[(first, int(label.rpartition(":")[2])) for first, label in answer["labels"]],
+            versions=[(first, int(label.rpartition(":")[2])) for first, label in response["labels"]],
         )
 
 

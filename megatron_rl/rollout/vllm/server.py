@@ -156,14 +156,17 @@ class Server:
         await self._ask("POST", "/resume", seconds)
         return taken[0]
 
-    async def generate(self, token_ids: Sequence[int], parameters: dict[str, Any]) -> dict[str, Any]:
-        """One response: tokens, log_probs, finish_reason, and (first token, label) of each run of tokens."""
+    async def generate(self, token_ids: Sequence[int], parameters: dict[str, Any]) -> list[dict[str, Any]]:
+        """The responses of a group: tokens, log_probs, finish_reason, and of each run of tokens (the first, label)."""
         self.running += 1
         try:
             body = {"token_ids": list(token_ids), "sampling_params": parameters}
-            (choice,) = (await self._ask("POST", "/inference/v1/generate", None, body))["choices"]
+            choices = (await self._ask("POST", "/inference/v1/generate", None, body))["choices"]
         finally:
             self.running -= 1
+        return [self._response(choice) for choice in sorted(choices, key=lambda choice: int(choice["index"]))]
+
+    def _response(self, choice: dict[str, Any]) -> dict[str, Any]:
         if choice["finish_reason"] not in ("stop", "length"):
             raise ServerError(f"{self} ended a response by {choice['finish_reason']!r}")
         return {
