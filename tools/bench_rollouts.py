@@ -87,8 +87,7 @@ def median(timings: list[Timing]) -> Timing:
 
 
 def bench(size: str, dtype: torch.dtype, repeats: int, folder: Path) -> tuple[str, str]:
-    """A row of each table. vLLM ends the process groups when it is closed."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    """A row of each table."""
     model = make_model(folder, size)
     tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(folder)
     vocabulary = SHAPES[size]["vocab_size"]
@@ -133,6 +132,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     answers = ["| model | dtype | vLLM, tokens/s | transformers, tokens/s | ratio | ratio in CPU seconds |"]
     updates = ["| model | dtype | MiB | transformers, ms | vLLM in process, ms | vLLM server, ms |"]
     answers.append("|---|---|---|---|---|---|")

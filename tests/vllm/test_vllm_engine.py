@@ -115,6 +115,7 @@ def draws(directory: str) -> list:
     word = together[2].rollouts[1].text.split()[1]
     stopped = engine.generate(prompts(), sampling(stop=(word,)))
     engine.close()
+    torch.distributed.barrier()  # the trainer's own process group is still there
     return [together, again, alone, other, stopped, word]
 
 

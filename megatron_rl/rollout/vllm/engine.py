@@ -161,15 +161,21 @@ class VLLMEngine:
         )
 
     def close(self) -> None:
-        """Gives back memory and vLLM's process groups; the trainer's own stay."""
+        """Gives back memory and vLLM's process groups. Those of the trainer stay, which vLLM would end as well."""
         from vllm.distributed import parallel_state
 
-        self.llm.llm_engine.engine_core.shutdown()
+        def end_own_world() -> None:
+            if parallel_state._WORLD is not None:
+                parallel_state._WORLD.destroy()
+                parallel_state._WORLD = None
+
+        end_all = parallel_state.destroy_distributed_environment
+        parallel_state.destroy_distributed_environment = end_own_world
+        try:
+            self.llm.llm_engine.engine_core.shutdown()
+        finally:
+            parallel_state.destroy_distributed_environment = end_all
         del self.llm
-        parallel_state.destroy_model_parallel()
-        if parallel_state._WORLD is not None:
-            parallel_state._WORLD.destroy()
-            parallel_state._WORLD = None
 
 
 def _start(**options: Any) -> Any:
