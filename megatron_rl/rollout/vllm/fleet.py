@@ -143,6 +143,7 @@ class Fleet:
         if server.launch is not None:
             if server.starts > self.restarts:
                 raise ServerError(f"{server} has ended {server.starts} times since the last weight update")
+            _tell(f"starting vLLM server {server.number}; what it prints is in {server.launch.log}")
             await asyncio.to_thread(server.start, self.folder)
         # A running one that was lost may be back; it is not waited for.
         missed = server.lost and server.launch is None
