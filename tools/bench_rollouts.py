@@ -1,6 +1,7 @@
 """Tokens per second of answers by vLLM beside transformers, and the seconds of a weight update beside its bytes.
 
-    OMP_NUM_THREADS=1 python tools/bench_rollouts.py [--size 8m 50m] [--dtype float32 bfloat16] [--repeats 3]
+    OMP_NUM_THREADS=1 python tools/bench_rollouts.py [--size 8m 50m 150m] [--dtype float32 bfloat16] [--repeats 3]
+                                                     [--updates-only]
 
 Needs vLLM. Both engines run in this process, one thread each, and take turns with the same 16 prompts of 32 tokens,
 eight answers each. The model has random weights, and one in 64 tokens of its vocabulary ends an answer, so that
@@ -33,6 +34,7 @@ from megatron_rl.types import Prompt
 SHAPES = {
     "8m": {"hidden_size": 256, "num_hidden_layers": 8, "intermediate_size": 704, "vocab_size": 4096},
     "50m": {"hidden_size": 512, "num_hidden_layers": 12, "intermediate_size": 1408, "vocab_size": 8192},
+    "150m": {"hidden_size": 768, "num_hidden_layers": 18, "intermediate_size": 2048, "vocab_size": 16384},
 }
 PROMPTS, PROMPT_TOKENS, GROUP, LONGEST, MEAN = 16, 32, 8, 256, 64
 
@@ -86,7 +88,7 @@ def median(timings: list[Timing]) -> Timing:
     return Timing(*(statistics.median(values) for values in zip(*timings)))
 
 
-def bench(size: str, dtype: torch.dtype, repeats: int, folder: Path) -> tuple[str, str]:
+def bench(size: str, dtype: torch.dtype, repeats: int, folder: Path, *, answers: bool) -> tuple[str, str]:
     """A row of each table."""
     model = make_model(folder, size)
     tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(folder)
@@ -94,32 +96,36 @@ def bench(size: str, dtype: torch.dtype, repeats: int, folder: Path) -> tuple[st
     most = PROMPTS * GROUP
     common: dict[str, Any] = {"dtype": dtype, "stop": tuple(range(0, vocabulary, MEAN)), "max_sequences": most}
     longest, name = PROMPT_TOKENS + LONGEST, str(dtype).removeprefix("torch.")
-    engines: dict[str, Engine] = {
-        "transformers": HFEngine(folder, tokenizer, pad=0, **common),
-        "vLLM": VLLMEngine(folder, tokenizer, tied=False, max_tokens=longest, kv_cache_gb=1.0, **common),
-    }
     options = engine_options(folder, dtype=dtype, max_sequences=most, max_tokens=longest, kv_cache_gb=1.0, tp=1)
     launch = Launch(options=options, host="127.0.0.1", python=None, gpus=(), log=folder / "server.log")
     times = {"start_timeout_s": 600.0, "timeout_s": 120.0}
-    served = ServedEngine(tokenizer, tied=False, servers=[launch], exchange=None, restarts=0, **times, **common)
+    engines: dict[str, Engine] = {
+        "transformers": HFEngine(folder, tokenizer, pad=0, **common),
+        "vLLM": VLLMEngine(folder, tokenizer, tied=False, max_tokens=longest, kv_cache_gb=1.0, **common),
+        "server": ServedEngine(tokenizer, tied=False, servers=[launch], exchange=None, restarts=0, **times, **common),
+    }
+    answering_engines = [engines["transformers"], engines["vLLM"]] if answers else []
     weights = dict(model.state_dict())
+    rates: dict[Engine, list[Timing]] = {engine: [] for engine in answering_engines}
+    seconds: dict[str, list[float]] = {label: [] for label in engines}
     try:
-        for engine in (*engines.values(), served):
-            engine.load_weights(iter(weights.items()), 0)
+        for engine in engines.values():
+            updating(engine, weights, 0)
+        for engine in answering_engines:
             timed(answering(engine, vocabulary, 0))  # warm
-        rates: dict[str, list[Timing]] = {label: [] for label in engines}
-        seconds: dict[str, list[float]] = {"transformers": [], "vLLM": [], "server": []}
         for repeat in range(1, repeats + 1):
+            for engine in answering_engines:
+                rates[engine].append(timed(answering(engine, vocabulary, repeat)))
             for label, engine in engines.items():
-                rates[label].append(timed(answering(engine, vocabulary, repeat)))
-            for label, engine in {**engines, "server": served}.items():
                 seconds[label].append(updating(engine, weights, repeat))
     finally:
-        served.close()
-        engines["vLLM"].close()
-    plain, fast = median(rates["transformers"]), median(rates["vLLM"])
-    row = f"| {size.upper()} | {name} | {fast.wall:,.0f} | {plain.wall:,.0f} | {fast.wall / plain.wall:.2f} "
-    row += f"| {fast.cpu / plain.cpu:.2f} |"
+        for engine in engines.values():
+            engine.close()
+    row = ""
+    if answers:
+        plain, fast = (median(rates[engine]) for engine in answering_engines)
+        row = f"| {size.upper()} | {name} | {fast.wall:,.0f} | {plain.wall:,.0f} | {fast.wall / plain.wall:.2f} "
+        row += f"| {fast.cpu / plain.cpu:.2f} |"
     mib = sum(tensor.numel() for tensor in weights.values()) * dtype.itemsize / 2**20
     cells = " | ".join(f"{statistics.median(values) * 1e3:.0f}" for values in seconds.values())
     return row, f"| {size.upper()} | {name} | {mib:.0f} | {cells} |"
@@ -127,9 +133,10 @@ def bench(size: str, dtype: torch.dtype, repeats: int, folder: Path) -> tuple[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--size", nargs="+", choices=SHAPES, default=["8m", "50m"])
     parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--updates-only", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -140,11 +147,17 @@ def main() -> None:
     for size in arguments.size:
         for dtype in arguments.dtype:
             with tempfile.TemporaryDirectory() as folder:
-                answer, update = bench(size, getattr(torch, dtype), arguments.repeats, Path(folder))
+                answer, update = bench(
+                    size,
+                    getattr(torch, dtype),
+                    arguments.repeats,
+                    Path(folder),
+                    answers=not arguments.updates_only,
+                )
             answers.append(answer)
             updates.append(update)
             print(answer, update, sep="\n", flush=True)
-    print("\n".join(["", *answers, "", *updates]))
+    print("\n".join(["", *([] if arguments.updates_only else answers), "", *updates]))
 
 
 if __name__ == "__main__":
