@@ -161,9 +161,10 @@ def _check_server(rollout: SamplingConfig) -> None:
             f"rollout.vllm.server.urls holds {url!r}, which is no address as http://host:8000",
         )
     _require(
-        not far or server.exchange is not None,
+        not far or server.exchange is not None or server.broadcast,
         f"rollout.vllm.server.urls holds {', '.join(far)}, which may be another host: name in "
-        "rollout.vllm.server.exchange a folder that it shares with this one, for the weights",
+        "rollout.vllm.server.exchange a folder that it shares with this one, for the weights, or set "
+        "rollout.vllm.server.broadcast=true",
     )
     _require(
         not server.gpus or len(server.gpus) == server.count * rollout.vllm.tp,

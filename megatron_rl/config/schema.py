@@ -249,6 +249,7 @@ class ServerConfig:
     gpus: list[int] = field(default_factory=list)  # of the servers that are started, rollout.vllm.tp each; empty: none
     python: str | None = None  # an interpreter that has vLLM; null: the trainer's own
     exchange: str | None = None  # a folder that trainer and servers share, for weights; null: this host's memory
+    broadcast: bool = False  # weights go by NCCL, or gloo on a CPU, and not through files: a server that dies has none
     start_timeout_s: float = 600.0  # for a start, and for an update of the weights
     timeout_s: float = 120.0  # a server that has requests and draws no token for so long counts as dead
     restarts: int = 3  # of a server between two weight updates

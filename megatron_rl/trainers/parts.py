@@ -99,6 +99,7 @@ class Parts:
             max_sequences=rollout.max_sequences,
             servers=server.urls or own,
             exchange=server.exchange,
+            broadcast=server.broadcast,
             start_timeout_s=server.start_timeout_s,
             timeout_s=server.timeout_s,
             restarts=server.restarts,

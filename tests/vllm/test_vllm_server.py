@@ -89,7 +89,9 @@ def make_engine(model: str, servers: list, **options: Any) -> Any:
     return ServedEngine(load_tokenizer(model), **(defaults | options))
 
 
-def followed(model: str, servers: list, layout: dict, updates: int) -> tuple[list[float], list, list]:
+def followed(
+    model: str, servers: list, layout: dict, updates: int, broadcast: bool = False
+) -> tuple[list[float], list, list]:
     """The largest gap to the trainer after each update; the greedy answers of vLLM and of transformers at the end."""
     from megatron_rl.data.samples import from_example
     from megatron_rl.data.tokenizer import load_tokenizer
@@ -97,7 +99,7 @@ def followed(model: str, servers: list, layout: dict, updates: int) -> tuple[lis
     from megatron_rl.rollout.sync import parity_gap, push
 
     worker = make_worker(model, layout)
-    engine = make_engine(model, servers)
+    engine = make_engine(model, servers, broadcast=broadcast)
     gaps = []
     for number in range(1 + updates):
         if number:
@@ -114,14 +116,45 @@ def followed(model: str, servers: list, layout: dict, updates: int) -> tuple[lis
     return gaps, *greedy
 
 
-@pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}], ids=["tp2", "pp2"])
-def test_log_probs_are_the_trainers_through_ten_updates(pool: Pool, folder: Path, url: str, layout: dict) -> None:
-    """One running server after the other trainer; greedy answers are those of transformers."""
-    for gaps, mine, theirs in pool.run(followed, 2, str(folder / "model"), [url], layout, 10):
+@pytest.mark.parametrize(
+    ("layout", "broadcast"), [({"tp": 2}, False), ({"pp": 2}, False), ({"pp": 2}, True)], ids=["tp2", "pp2", "gloo"]
+)
+def test_log_probs_are_the_trainers_through_ten_updates(
+    pool: Pool, folder: Path, url: str, layout: dict, broadcast: bool
+) -> None:
+    """One running server, for one trainer after another; greedy answers are those of transformers."""
+    for gaps, mine, theirs in pool.run(followed, 2, str(folder / "model"), [url], layout, 10, broadcast):
         assert len(gaps) == 11 and max(gaps) < 1e-4, gaps
         for group, expected in zip(mine, theirs, strict=True):
             assert [r.token_ids for r in group.rollouts] == [r.token_ids for r in expected.rollouts]
             assert [r.text for r in group.rollouts] == [r.text for r in expected.rollouts]
+
+
+def unreached(model: str, url: str) -> str:
+    """What is said where a server breaks off as weights are sent to it."""
+    from megatron_rl.rollout.vllm.server import Server, ServerError
+    from megatron_rl.types import RunError
+
+    engine = make_engine(model, [url], broadcast=True, timeout_s=3.0)
+
+    async def broken(self: Any, *arguments: Any) -> Any:
+        raise ServerError("it broke off")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Server, "take", broken)
+        try:
+            engine.load_weights(weights_of(model, 1.0), 0)
+        except RunError as error:
+            return str(error)
+        finally:
+            engine.close()
+    return ""
+
+
+def test_a_broadcast_that_breaks_off_ends_the_run(pool: Pool, folder: Path, url: str) -> None:
+    """On every rank, with one message."""
+    said = pool.run(unreached, 2, str(folder / "model"), url)
+    assert said == ["the weights did not reach the servers, and none keeps them: it broke off"] * 2
 
 
 def weights_of(model: str, scale: float) -> list:

@@ -14,6 +14,7 @@ from threading import Thread
 from typing import Any, TypeVar
 
 from megatron_rl.metrics.progress import tick
+from megatron_rl.rollout.vllm.receiver import FROM_BROADCAST, FROM_FILES, TIED
 from megatron_rl.rollout.vllm.server import RequestError, Server, ServerError
 from megatron_rl.types import RunError
 
@@ -76,9 +77,11 @@ class Fleet:
         timeout_s: float,
         restarts: int,
     ) -> None:
-        self.servers, self.folder, self.tied, self.max_sequences = list(servers), folder, tied, max_sequences
+        self.servers, self.folder, self.max_sequences = list(servers), folder, max_sequences
+        self.output = TIED if tied else "own"
         self.start_timeout_s, self.timeout_s, self.restarts = start_timeout_s, timeout_s, restarts
-        self.label = ""  # of the weights in the folder
+        self.label = ""  # of the weights that servers must have
+        self.kept = True  # in the folder
         self.checksums: Mapping[str, int] = {}
         self.loop = asyncio.new_event_loop()
         self.thread = Thread(target=self.loop.run_forever, name="vllm-fleet", daemon=True)
@@ -94,6 +97,29 @@ class Fleet:
         for server in self.servers:
             server.starts = 0
         self._raise_if_all_are_lost(await asyncio.gather(*(self._bring(server) for server in self.servers)))
+
+    async def gather(self, label: str) -> list[tuple[Server, int]]:
+        """The servers that are up, and the workers of each: those that have ended are started. For `take_broadcast`."""
+        self.label, self.checksums, self.kept = label, {}, False
+        for server in self.servers:
+            server.starts = 0
+        losses = await asyncio.gather(*(self._bring(server, holding=False) for server in self.servers))
+        self._raise_if_all_are_lost(losses)
+        there = [server for server, loss in zip(self.servers, losses) if loss is None]
+        return list(zip(there, await asyncio.gather(*(server.workers() for server in there))))
+
+    async def take_broadcast(self, there: Sequence[tuple[Server, int]], host: str, port: int, seconds: float) -> None:
+        """Has them take what is sent to them; RunError where one did not."""
+        first, size = 1, 1 + sum(workers for _, workers in there)
+        work = []
+        for server, workers in there:
+            place = [host, str(port), str(first), str(size), str(seconds)]
+            work.append(self._give(server, FROM_BROADCAST, [self.output, *place]))
+            first += workers
+        try:
+            await asyncio.gather(*work)
+        except (ServerError, RequestError) as error:
+            raise RunError(f"the weights did not reach the servers, and none keeps them: {error}") from error
 
     async def answer(self, jobs: Sequence[Job]) -> list[Answer]:
         """The answers, in order."""
@@ -119,13 +145,17 @@ class Fleet:
         if all(losses):
             raise RunError(f"no vLLM server is left: {losses[0]}")
 
-    async def _bring(self, server: Server, needed: Callable[[], bool] = lambda: True) -> str | None:
-        """Up and with the folder's weights; or why that cannot be reached. Gives up where it is no longer needed."""
+    async def _bring(
+        self, server: Server, needed: Callable[[], bool] = lambda: True, *, holding: bool = True
+    ) -> str | None:
+        """Up and `holding` the weights; or why that cannot be reached. Gives up where it is no longer needed."""
         async with server.lock:
             while True:
                 try:
-                    if await self._bring_up(server, needed) and await server.label() != self.label:
-                        await self._give_weights(server)
+                    if await self._bring_up(server, needed) and holding and await server.label() != self.label:
+                        if not self.kept:
+                            return f"{server} does not have the weights, and nobody keeps them"
+                        await self._give(server, FROM_FILES, [self.output, str(self.folder), self.label])
                     server.lost = False
                     return None
                 except RequestError as error:
@@ -149,9 +179,8 @@ class Fleet:
         missed = server.lost and server.launch is None
         return await server.wait(0 if missed else self.start_timeout_s, needed)
 
-    async def _give_weights(self, server: Server) -> None:
-        seconds = self.start_timeout_s
-        work = asyncio.create_task(server.take(self.folder, self.label, tied=self.tied, seconds=seconds))
+    async def _give(self, server: Server, method: str, arguments: Sequence[str]) -> None:
+        work = asyncio.create_task(server.take(method, arguments, self.label, self.start_timeout_s))
         while not (await asyncio.wait({work}, timeout=LOOK_EVERY_S))[0]:
             tick()
         taken = work.result()

@@ -5,6 +5,7 @@ until the next version: a server that dies gets them again.
 """
 
 import os
+import socket
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -19,8 +20,9 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_rl.metrics.progress import tick
 from megatron_rl.parallel.collect import from_first_rank
+from megatron_rl.parallel.device import device
 from megatron_rl.rollout.engine import Sampling
-from megatron_rl.rollout.vllm import process
+from megatron_rl.rollout.vllm import broadcast, process
 from megatron_rl.rollout.vllm.fleet import Answer, Fleet, Job
 from megatron_rl.rollout.vllm.requests import Answers, sampling_parameters
 from megatron_rl.rollout.vllm.server import Launch, Server
@@ -48,7 +50,9 @@ class ServedEngine:
         start_timeout_s: float,
         timeout_s: float,
         restarts: int,
+        broadcast: bool = False,
     ) -> None:
+        self.broadcast, self.timeout_s = broadcast, timeout_s
         self.answers, self.dtype = Answers(tokenizer, stop), dtype
         self.version = -1
         self.drawing: ServedDrawing | None = None  # the last one
@@ -73,13 +77,34 @@ class ServedEngine:
         if self.drawing is not None:
             self.drawing.wait()
         mine = self._in_my_precision(weights)
-        if self.fleet is None:
-            for _ in mine:
-                pass
-        else:
-            self.files.write(mine, self._label(version))
-        self.on_first(lambda fleet: fleet.submit(fleet.update(self._label(version))).result())
+        problem: RunError | None = None
+        if self.fleet is not None:
+            try:
+                (self._broadcast if self.broadcast else self._write)(self.fleet, mine, self._label(version))
+            except RunError as error:
+                problem = error
+        for _ in mine:  # what was not read: the other ranks are in the midst of it
+            pass
+        self.on_first(lambda _: _raise(problem))
         self.version = version
+
+    def _write(self, fleet: Fleet, weights: Iterable[tuple[str, Tensor]], label: str) -> None:
+        self.files.write(weights, label)
+        fleet.submit(fleet.update(label)).result()
+
+    def _broadcast(self, fleet: Fleet, weights: Iterable[tuple[str, Tensor]], label: str) -> None:
+        """Straight into the servers' workers. One that is not reached ends the run, which has a checkpoint."""
+        there = fleet.submit(fleet.gather(label)).result()
+        host = "127.0.0.1" if all(server.is_local for server, _ in there) else socket.getfqdn()
+        store = broadcast.open_store(host, self.timeout_s)
+        taking = fleet.submit(fleet.take_broadcast(there, host, store.port, self.timeout_s))
+        try:
+            size = 1 + sum(workers for _, workers in there)
+            broadcast.send(weights, store, broadcast.join(store, 0, size, device(), self.timeout_s))
+        except RuntimeError as error:
+            taking.result()  # says more, if a server does
+            raise RunError(f"the weights could not be sent to the servers: {error}") from error
+        taking.result()
 
     def _label(self, version: int) -> str:
         """Of this engine alone: a running server may hold weights of another run with the same version."""
@@ -174,6 +199,11 @@ class ServedDrawing:
             greedy=not self.sampling.temperature,
             versions=[(first, int(label.rpartition(":")[2])) for first, label in response["labels"]],
         )
+
+
+def _raise(problem: RunError | None) -> None:
+    if problem is not None:
+        raise problem
 
 
 def _server(number: int, server: str | Launch) -> Server:

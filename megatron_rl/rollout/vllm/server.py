@@ -16,7 +16,6 @@ import httpx
 from megatron_rl.metrics.progress import tick
 from megatron_rl.rollout.vllm import process
 from megatron_rl.rollout.vllm.options import as_flags
-from megatron_rl.rollout.vllm.receiver import TIED
 
 CONNECT_S = 10.0
 LOOK_EVERY_S = 0.25  # at a server that starts
@@ -90,6 +89,10 @@ class Server:
     def __str__(self) -> str:
         return f"vLLM server {self.number} at {self.url}" if self.url else f"vLLM server {self.number}"
 
+    @property
+    def is_local(self) -> bool:
+        return httpx.URL(self.url).host in ("127.0.0.1", "::1", "localhost")
+
     def start(self, folder: Path) -> None:
         """Starts the process; returns before it answers."""
         assert self.launch is not None
@@ -138,14 +141,17 @@ class Server:
         """Of the weights it holds."""
         return str((await self._ask("GET", "/weight_info", CONNECT_S))["weight_version"])
 
-    async def take(self, folder: Path, label: str, *, tied: bool, seconds: float) -> dict[str, int]:
+    async def workers(self) -> int:
+        """Processes that the model is cut over."""
+        return int((await self._ask("GET", "/get_world_size", CONNECT_S))["world_size"])
+
+    async def take(self, method: str, arguments: Sequence[str], label: str, seconds: float) -> dict[str, int]:
         """Requests in flight are held, weights taken in place, what old weights computed dropped; requests go on.
 
-        Returns the checksum of each tensor that arrived.
+        `method` of `Receiver` takes them. Returns the checksum of each tensor that arrived.
         """
         await self._ask("POST", "/pause?mode=keep", seconds)
-        arguments = [str(folder), label, TIED if tied else "own"]
-        body = {"method": "megatron_rl_receive", "args": arguments}
+        body = {"method": method, "args": list(arguments)}
         taken: list[dict[str, int]] = (await self._ask("POST", "/collective_rpc", seconds, body))["results"]
         if any(other != taken[0] for other in taken):
             raise ServerError(f"the workers of {self} did not take the same weights")
