@@ -78,8 +78,8 @@ class Handler(BaseHTTPRequestHandler):
         return {}
 
     def collective_rpc(self, body: Any) -> Any:
-        assert STATE["paused"] and body["method"] == "megatron_rl_receive"
-        return {"results": [{"w": len((Path(body["args"][0]) / "weights").read_text())}]}
+        assert STATE["paused"] and body["method"] == "megatron_rl_take_files"
+        return {"results": [{"w": len((Path(body["args"][1]) / "weights").read_text())}]}
 
     def update_weight_version(self, body: Any) -> Any:
         STATE["label"] = body["new_version"]

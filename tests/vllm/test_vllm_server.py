@@ -239,8 +239,8 @@ def planted(cwd: str, config: str, overrides: list[str], trap: str) -> str:
                 return {"success": True}
             return await ask(self, verb, path.replace("mode=keep", "mode=keep&clear_cache=false"), seconds, body)
 
-        async def untied(self: Any, folder: Path, label: str, *, tied: bool, seconds: float) -> Any:
-            return await take(self, folder, label, tied=False, seconds=seconds)
+        async def untied(self: Any, method: str, arguments: list[str], label: str, seconds: float) -> Any:
+            return await take(self, method, ["own", *arguments[1:]], label, seconds)
 
         patch.setattr(Server, *(("take", untied) if trap == "output layer" else ("_ask", keep)))
         try:
@@ -284,7 +284,7 @@ def killed(cwd: str, config: str, overrides: list[str]) -> int:
             return await generate(self, *arguments)
 
         async def asking(self: Any, verb: str, path: str, seconds: Any, body: Any = None) -> Any:
-            if path == "/collective_rpc" and body["args"][1].endswith(":2") and len(starts) == 2:
+            if path == "/collective_rpc" and body["args"][2].endswith(":2") and len(starts) == 2:
                 kill(self)
             return await ask(self, verb, path, seconds, body)
 
