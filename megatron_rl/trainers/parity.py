@@ -36,10 +36,11 @@ class ParityProbe:
         """The gap between the two, on the steps that log it; raises ParityError where it is too large.
 
         `log_probs[i]` are the trainer's for the i-th rollout, at the sampling temperature. Of rollouts that were drawn
-        with other weights nothing can be said: then the answers to the remembered prompts are what is compared.
+        ahead, with other weights, nothing can be said: then the answers to the remembered prompts are compared.
         """
         rollouts = [rollout for group in groups for rollout in group.rollouts]
-        now = [(r, log_probs[i]) for i, r in enumerate(rollouts) if r.policy_version == self.actor.version]
+        ahead, version = self.config.rollout.vllm.server.ahead, self.actor.version
+        now = [(r, log_probs[i]) for i, r in enumerate(rollouts) if not ahead or r.policy_version == version]
         largest, mean = parity_gap([r for r, _ in now], {i: values for i, (_, values) in enumerate(now)})
         self._compare(largest, mean)
         if self.remembered:

@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 
+from megatron_rl.config.rules import LOOPBACK
 from megatron_rl.metrics.progress import tick
 from megatron_rl.rollout.vllm import process
 from megatron_rl.rollout.vllm.options import as_flags
@@ -91,7 +92,7 @@ class Server:
 
     @property
     def is_local(self) -> bool:
-        return httpx.URL(self.url).host in ("127.0.0.1", "::1", "localhost")
+        return httpx.URL(self.url).host in LOOPBACK
 
     def start(self, folder: Path) -> None:
         """Starts the process; returns before it answers."""
