@@ -13,7 +13,14 @@ def tiny_model(
 
     99 tokens divide by neither 2 nor 4 tensor-parallel ranks.
     """
-    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+    from transformers import (
+        AutoModelForCausalLM,
+        LlamaConfig,
+        MixtralConfig,
+        Qwen2Config,
+        Qwen3Config,
+        Qwen3MoeConfig,
+    )
 
     sizes: dict[str, Any] = {
         "hidden_size": 64,
@@ -24,7 +31,18 @@ def tiny_model(
         "max_position_embeddings": 128,
         "rms_norm_eps": 1e-5,
     }
-    config = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}[family](
+    families = {
+        "llama": LlamaConfig,
+        "qwen2": Qwen2Config,
+        "qwen3": Qwen3Config,
+        "qwen3_moe": Qwen3MoeConfig,
+        "mixtral": MixtralConfig,
+    }
+    if family == "qwen3_moe":
+        sizes |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True}
+    if family == "mixtral":
+        sizes |= {"num_local_experts": 4, "num_experts_per_tok": 2}
+    config = families[family](
         vocab_size=vocab_size,
         tie_word_embeddings=tied,
         bos_token_id=1,

@@ -58,6 +58,8 @@ POSITIVE = (
     "parallel.pp",
     "parallel.vpp",
     "parallel.dp",
+    "parallel.ep",
+    "parallel.etp",
     "train.steps",
     "train.batch_size",
     "train.max_tokens_per_micro_batch",
@@ -218,6 +220,12 @@ def _check_parallel(parallel: ParallelConfig) -> None:
     _require(
         not parallel.sequence_parallel or parallel.tp > 1,
         "parallel.sequence_parallel=true needs parallel.tp > 1: with one tensor rank nothing is cut",
+    )
+    stage = parallel.tp * (parallel.dp or parallel.ep * parallel.etp)
+    _require(
+        stage % (parallel.ep * parallel.etp) == 0,
+        f"parallel.ep={parallel.ep} times parallel.etp={parallel.etp} must divide the parallel.tp={parallel.tp} times "
+        f"parallel.dp={parallel.dp} ranks of a stage, which the experts are cut over",
     )
 
 

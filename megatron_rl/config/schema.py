@@ -179,6 +179,8 @@ class ParallelConfig:
     pp: int = 1
     dp: int | None = None  # null: what the world has beyond tp * pp
     vpp: int = 1  # model chunks per pipeline stage, interleaved
+    ep: int = 1  # ranks that share out the experts of a layer, among the tp * dp of a stage
+    etp: int = 1  # tensor-parallel ranks of one expert
     sequence_parallel: bool = False
     recompute: bool = False  # keep only each layer's input, and compute its activations again in the backward pass
 

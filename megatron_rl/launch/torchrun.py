@@ -1,5 +1,6 @@
 """Starts this command again under torchrun when the layout needs several processes."""
 
+import math
 import os
 import signal
 import sys
@@ -35,8 +36,9 @@ def is_checked() -> bool:
 
 
 def processes(parallel: ParallelConfig) -> int:
-    """How many processes a layout needs; an open data-parallel size counts as one."""
-    return parallel.tp * parallel.pp * (parallel.dp or 1)
+    """How many processes a layout needs; an open data-parallel size is the least that the experts' cut allows."""
+    stage = parallel.tp * parallel.dp if parallel.dp else math.lcm(parallel.tp, parallel.ep * parallel.etp)
+    return stage * parallel.pp
 
 
 def ranks_of_machine() -> int:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import megatron_rl.parallel.device as device
-from megatron_rl.models.hf_config import ModelShape, check_layout, layers_on_last_stage
+from megatron_rl.models.hf_config import Experts, ModelShape, check_layout, layers_on_last_stage
 from megatron_rl.models.hf_map import SCALAR_HEAD, Heads, WeightMap
 from megatron_rl.models.layer_specs import layer_spec
 from megatron_rl.ops.vocab_shard import VocabShard
@@ -36,6 +36,8 @@ class LanguageModel(GPTModel):
 
     shape: ModelShape
     shard: VocabShard
+    ep_rank: int
+    experts_per_rank: int  # 0 in a dense model
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return hidden_states
@@ -104,6 +106,7 @@ def transformer_config(shape: ModelShape, mesh: Mesh, dtype: torch.dtype) -> Tra
         # Packed micro-batches differ in length; megatron-core asks for this dispatcher even in dense models.
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
+        **_mixture(shape.experts, mesh),
         # Losses carry weights that sum to one over the global mini-batch: nothing divides after them.
         calculate_per_token_loss=True,
         bias_activation_fusion=on_cuda,
@@ -119,9 +122,36 @@ def transformer_config(shape: ModelShape, mesh: Mesh, dtype: torch.dtype) -> Tra
     )
 
 
+def _mixture(experts: Experts | None, mesh: Mesh) -> dict[str, Any]:
+    """The options of a mixture of experts: no token is dropped, and no loss beside the run's own is added."""
+    if experts is None:
+        return {}
+    return {
+        "num_moe_experts": experts.num_experts,
+        "moe_router_topk": experts.top_k,
+        "moe_ffn_hidden_size": experts.ffn_hidden_size,
+        # A softmax over the chosen logits is the softmax over all of them, normalised.
+        "moe_router_pre_softmax": not experts.norm_topk,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_grouped_gemm": not device.ON_CPU,
+        "expert_model_parallel_size": mesh.ep_size,
+        "expert_tensor_parallel_size": mesh.etp_size,
+    }
+
+
 def build_model(shape: ModelShape, mesh: Mesh, dtype: torch.dtype) -> list[LanguageModel]:
     """This rank's chunks, with undefined weights: load a checkpoint into them."""
-    check_layout(shape, tp=mesh.tp_size, pp=mesh.pp_size, vpp=mesh.vpp_size)
+    check_layout(
+        shape,
+        tp=mesh.tp_size,
+        pp=mesh.pp_size,
+        vpp=mesh.vpp_size,
+        ep=mesh.ep_size,
+        etp=mesh.etp_size,
+        sequence_parallel=mesh.sequence_parallel,
+    )
     config = transformer_config(shape, mesh, dtype)
     rows = padded_vocab_rows(shape.vocab_size, mesh.tp_size)
     chunks = []
@@ -139,17 +169,29 @@ def build_model(shape: ModelShape, mesh: Mesh, dtype: torch.dtype) -> list[Langu
             vp_stage=vp_stage,
         )
         model.shape = shape
+        model.ep_rank = mesh.ep_rank
+        model.experts_per_rank = shape.experts.num_experts // mesh.ep_size if shape.experts else 0
         model.shard = VocabShard.of(shape.vocab_size, rows, mesh.tp_rank, mesh.tp_group)
         # megatron-core knows only some stretched frequencies, and hard-codes their constants; these are exact.
         model.rotary_pos_emb.inv_freq = shape.inv_freq.to(device.device())
         chunks.append(model.to(device=device.device(), dtype=dtype))
+        for name, parameter in model.named_parameters():
+            if ".mlp.experts." in name:
+                # Which ranks hold copies of it: with one expert rank megatron-core takes them for those of the rest,
+                # which they are not where etp is not tp.
+                parameter.allreduce = False
     return chunks
 
 
 def weight_map(shape: ModelShape) -> WeightMap:
     """The rules of the model's family, layer by layer, and the head that the model has."""
     rules = [rule for rule in shape.family.rules if not (shape.scalar and rule.megatron == SCALAR_HEAD.megatron)]
-    return WeightMap([*rules, SCALAR_HEAD] if shape.scalar else rules, num_layers=shape.num_layers, tied=shape.tied)
+    return WeightMap(
+        [*rules, SCALAR_HEAD] if shape.scalar else rules,
+        num_layers=shape.num_layers,
+        num_experts=shape.experts.num_experts if shape.experts else 0,
+        tied=shape.tied,
+    )
 
 
 def heads(shape: ModelShape) -> Heads:

@@ -1,6 +1,7 @@
 """Weights in and out: Hugging Face slices into this rank's parameters, full Hugging Face tensors out of all ranks."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -9,18 +10,20 @@ from torch.nn import Parameter
 
 from megatron_rl.metrics.progress import tick
 from megatron_rl.models.build import LanguageModel, heads, weight_map
-from megatron_rl.models.hf_map import Reader, canonical_name
+from megatron_rl.models.hf_map import Heads, Match, Reader, canonical_name
 from megatron_rl.parallel.mesh import Mesh
 
 
 def named_parameters(chunks: Sequence[LanguageModel]) -> Iterator[tuple[str, Parameter]]:
-    """(name, parameter) of this rank, with the layers numbered through the whole model."""
+    """(name, parameter) of this rank, with layers and experts numbered through the whole model."""
     for chunk in chunks:
         numbers = [str(layer.layer_number - 1) for layer in chunk.decoder.layers]
         for name, parameter in chunk.named_parameters():
             parts = canonical_name(name).split(".")
             if parts[:2] == ["decoder", "layers"]:
                 parts[2] = numbers[int(parts[2])]
+            if parts[3:5] == ["mlp", "experts"]:
+                parts[5] = str(chunk.ep_rank * chunk.experts_per_rank + int(parts[5]))
             yield ".".join(parts), parameter
 
 
@@ -30,7 +33,8 @@ def import_weights(chunks: Sequence[LanguageModel], source: Reader, mesh: Mesh) 
     rules, geometry = weight_map(chunks[0].shape), heads(chunks[0].shape)
     for name, parameter in named_parameters(chunks):
         match = rules[name]
-        shard = match.kind.read(source, match.hf, mesh.tp_rank, mesh.tp_size, parameter.shape[0], geometry)
+        rank, size = (mesh.tp_rank, mesh.tp_size) if match.expert is None else (mesh.etp_rank, mesh.etp_size)
+        shard = match.kind.read(source, match.hf, rank, size, parameter.shape[0], geometry)
         if shard.shape != parameter.shape:
             raise ValueError(
                 f"{' + '.join(match.hf)} give {tuple(shard.shape)} for the Megatron parameter {name}, which is "
@@ -39,12 +43,23 @@ def import_weights(chunks: Sequence[LanguageModel], source: Reader, mesh: Mesh) 
         parameter.copy_(shard)
 
 
-def _gather_shards(shard: Tensor, mesh: Mesh) -> list[Tensor]:
-    if mesh.tp_size == 1:
+def _gather(shard: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    if group.size() == 1:
         return [shard]
-    shards = [torch.empty_like(shard) for _ in range(mesh.tp_size)]
-    dist.all_gather(shards, shard.contiguous(), group=mesh.tp_group)
+    shards = [torch.empty_like(shard) for _ in range(group.size())]
+    dist.all_gather(shards, shard.contiguous(), group=group)
     return shards
+
+
+def _wholes(match: Match, shard: Tensor, geometry: Heads, mesh: Mesh, per_rank: int) -> Iterator[tuple[str, Tensor]]:
+    """The Hugging Face tensors of which a stage's ranks hold shards; of `per_rank` experts a rank, one of each rank."""
+    if match.expert is None:
+        yield from zip(match.hf, match.kind.merge(_gather(shard, mesh.tp_group), geometry))
+        return
+    parts = [_gather(part, mesh.ep_group) for part in _gather(shard, mesh.etp_group)]
+    for rank, shards in enumerate(zip(*parts, strict=True)):
+        one = replace(match, expert=rank * per_rank + match.expert % per_rank)
+        yield from zip(one.hf, one.kind.merge(shards, geometry))
 
 
 @torch.no_grad()
@@ -58,6 +73,7 @@ def export_weights(
     """
     rules, geometry = weight_map(chunks[0].shape), heads(chunks[0].shape)
     local = dict(named_parameters(chunks))
+    per_rank = chunks[0].experts_per_rank
     stages: list[list[tuple[str, torch.Size, torch.dtype]]] = [[] for _ in range(mesh.pp_size)]
     header = [(name, value(parameter).shape, value(parameter).dtype) for name, parameter in local.items()]
     dist.all_gather_object(stages, header, group=mesh.pp_group)
@@ -73,5 +89,4 @@ def export_weights(
             if mesh.pp_size > 1:
                 shard = shard.contiguous()
                 dist.broadcast(shard, src=mesh.stage_rank(stage), group=mesh.pp_group)
-            match = rules[name]
-            yield from zip(match.hf, match.kind.merge(_gather_shards(shard, mesh), geometry))
+            yield from _wholes(rules[name], shard, geometry, mesh, per_rank)

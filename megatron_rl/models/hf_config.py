@@ -3,12 +3,13 @@
 import hashlib
 import json
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_rl.models.families import FAMILIES, Family
@@ -21,6 +22,10 @@ LARGEST = {
     "num_attention_heads": 2**14,
     "num_key_value_heads": 2**14,
     "head_dim": 2**13,
+    "num_experts": 2**14,
+    "num_local_experts": 2**14,
+    "num_experts_per_tok": 2**10,
+    "moe_intermediate_size": 2**22,
     "vocab_size": 2**26,
     "max_position_embeddings": 2**40,
     "num_labels": 2**16,
@@ -28,10 +33,24 @@ LARGEST = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Experts:
+    """The mixture in place of every layer's MLP: a router weighs the `top_k` likeliest of `num_experts` SwiGLU MLPs.
+
+    With `norm_topk` the chosen weights sum to one; without, they are what the softmax over all experts gave.
+    """
+
+    num_experts: int
+    top_k: int
+    ffn_hidden_size: int
+    norm_topk: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
     """The numbers that make a model. `inv_freq` [head_dim / 2] float32 holds the rotary frequencies.
 
-    A `scalar` model has one value per token in place of logits.
+    A `scalar` model has one value per token in place of logits. `ffn_hidden_size` is that of a dense MLP; a model with
+    `experts` has none.
     """
 
     family: Family
@@ -46,6 +65,7 @@ class ModelShape:
     norm_eps: float
     tied: bool
     inv_freq: torch.Tensor
+    experts: Experts | None = None
     scalar: bool = False
 
     def as_scalar(self) -> "ModelShape":
@@ -56,7 +76,8 @@ class ModelShape:
         """The shape as JSON: two models with the same identity hold the same tensors in the same places."""
         plain = {item.name: getattr(self, item.name) for item in fields(self)}
         rotary = hashlib.sha256(self.inv_freq.numpy().tobytes()).hexdigest()[:16]
-        return plain | {"family": self.family.name, "inv_freq": rotary}
+        experts = None if self.experts is None else asdict(self.experts)
+        return plain | {"family": self.family.name, "inv_freq": rotary, "experts": experts}
 
 
 def rope_frequencies(hf: Any, head_dim: int) -> torch.Tensor:
@@ -82,9 +103,36 @@ def _refuse_variants(hf: Any) -> None:
     for name in ("use_sliding_window", "mlp_bias", "attention_bias"):
         if getattr(hf, name, False) and not (name == "attention_bias" and hf.model_type == "qwen2"):
             raise ValueError(f"{name}=true in the model's config is not supported for model_type={hf.model_type!r}")
+    if hf.model_type == "mixtral" and hf.sliding_window is not None:
+        raise ValueError(f"sliding_window={hf.sliding_window} in the model's config is not supported; null is")
+    if getattr(hf, "router_jitter_noise", 0.0):
+        raise ValueError(f"router_jitter_noise={hf.router_jitter_noise} in the model's config is not supported; 0 is")
+    if getattr(hf, "mlp_only_layers", None) or getattr(hf, "decoder_sparse_step", 1) != 1:
+        raise ValueError(
+            f"mlp_only_layers={hf.mlp_only_layers} with decoder_sparse_step={hf.decoder_sparse_step} in the model's "
+            "config mixes layers with and without experts, which is not supported; [] with 1 is"
+        )
     windowed = sorted(set(getattr(hf, "layer_types", None) or ()) - {"full_attention"})
     if windowed:
         raise ValueError(f"layer_types in the model's config has {windowed[0]!r}; only 'full_attention' is supported")
+
+
+def _experts(hf: Any) -> Experts | None:
+    """The mixture that a config describes, if it does. Mixtral always normalises what its router chose."""
+    if not FAMILIES[hf.model_type].mixture:
+        return None
+    count = hf.num_local_experts if hf.model_type == "mixtral" else hf.num_experts
+    if not 1 <= hf.num_experts_per_tok <= count:
+        raise ValueError(
+            f"num_experts_per_tok={hf.num_experts_per_tok} in the model's config must be from 1 to the number of "
+            f"experts, {count}"
+        )
+    return Experts(
+        num_experts=count,
+        top_k=hf.num_experts_per_tok,
+        ffn_hidden_size=getattr(hf, "moe_intermediate_size", hf.intermediate_size),
+        norm_topk=getattr(hf, "norm_topk_prob", True),
+    )
 
 
 def _check_family(model_type: Any) -> None:
@@ -119,6 +167,7 @@ def model_shape(hf: Any) -> ModelShape:
         norm_eps=hf.rms_norm_eps,
         tied=bool(hf.tie_word_embeddings),
         inv_freq=inv_freq,
+        experts=_experts(hf),
     )
 
 
@@ -167,7 +216,7 @@ def load_shape(path: str | Path) -> ModelShape:
 
 
 def tensor_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the model in `path` as transformers builds it, tied ones once; no memory is taken."""
+    """Every tensor of the model in `path` as transformers writes it, tied ones once; no memory is taken."""
     hf = load_config(path)
     try:
         with torch.device("meta"):
@@ -175,7 +224,15 @@ def tensor_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
     except Exception as error:  # the same
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{Path(path) / 'config.json'} does not describe a model: {reason}") from error
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return {name: tuple(tensor.shape) for name, tensor in named_weights(model, dict(model.named_parameters())).items()}
+
+
+def named_weights(model: Any, parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The parameters of a `transformers` model under the names of its files: views of them, in the files' shapes.
+
+    transformers 5 keeps the experts of a layer in one tensor, which its files hold one by one.
+    """
+    return dict(revert_weight_conversion(model, parameters))
 
 
 def num_parameters(path: str | Path) -> int:
@@ -183,12 +240,18 @@ def num_parameters(path: str | Path) -> int:
     return sum(math.prod(shape) for shape in tensor_shapes(path).values())
 
 
-def check_layout(shape: ModelShape, *, tp: int, pp: int, vpp: int) -> None:
+def check_layout(
+    shape: ModelShape, *, tp: int, pp: int, vpp: int, ep: int = 1, etp: int = 1, sequence_parallel: bool = False
+) -> None:
     """Refuses layouts that do not divide the model, in the terms of the config."""
     for name, count in (("attention heads", shape.num_heads), ("key/value heads", shape.num_kv_heads)):
         if count % tp:
             raise ValueError(f"parallel.tp={tp} does not divide the model's {count} {name}")
-    if shape.ffn_hidden_size % tp:
+    if shape.experts is not None:
+        _check_experts_layout(shape.experts, tp=tp, ep=ep, etp=etp, sequence_parallel=sequence_parallel)
+    elif ep > 1 or etp > 1:
+        raise ValueError(f"parallel.ep={ep}, parallel.etp={etp}: the model has no experts to share out; both must be 1")
+    elif shape.ffn_hidden_size % tp:
         raise ValueError(f"parallel.tp={tp} does not divide the model's MLP size {shape.ffn_hidden_size}")
     if vpp > 1 and shape.num_layers % (pp * vpp):
         raise ValueError(
@@ -197,6 +260,18 @@ def check_layout(shape: ModelShape, *, tp: int, pp: int, vpp: int) -> None:
         )
     if layers_on_last_stage(shape.num_layers, pp) < 1:
         raise ValueError(f"parallel.pp={pp} leaves a stage without one of the model's {shape.num_layers} layers")
+
+
+def _check_experts_layout(experts: Experts, *, tp: int, ep: int, etp: int, sequence_parallel: bool) -> None:
+    if experts.num_experts % ep:
+        raise ValueError(f"parallel.ep={ep} does not divide the model's {experts.num_experts} experts")
+    if experts.ffn_hidden_size % etp:
+        raise ValueError(f"parallel.etp={etp} does not divide the experts' MLP size {experts.ffn_hidden_size}")
+    if tp > 1 and not sequence_parallel:
+        raise ValueError(
+            f"parallel.tp={tp} in a model with experts needs parallel.sequence_parallel=true: without it every "
+            "tensor-parallel rank would send the same tokens to the experts"
+        )
 
 
 def layers_on_last_stage(num_layers: int, pp: int) -> int:

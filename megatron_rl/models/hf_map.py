@@ -5,6 +5,8 @@ A `Rule` names a Megatron parameter, the Hugging Face tensors it is made of, and
 one rank's shard by slices (so that no rank reads more than it keeps) and merges all shards back, exactly.
 """
 
+import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -126,7 +128,7 @@ GATED_LINEAR, FUSED_QKV = GatedLinear(), FusedQKV()
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """`megatron` parameter, made of the tensors `hf`; "{layer}" stands for the layer's number in both."""
+    """`megatron` parameter, made of the tensors `hf`; "{layer}" and "{expert}" stand for numbers in both."""
 
     megatron: str
     kind: Kind
@@ -136,28 +138,50 @@ class Rule:
     def per_layer(self) -> bool:
         return "{layer}" in self.megatron
 
+    @property
+    def per_expert(self) -> bool:
+        return "{expert}" in self.megatron
+
 
 # As transformers' classes for sequence and token classification name it.
 SCALAR_HEAD = Rule("output_layer.weight", REPLICATED, ("score.weight",))
 
 
+GROUPED_EXPERT = re.compile(r"\.mlp\.experts\.(linear_fc[12])\.weight(\d+)$")
+
+
 @dataclass(frozen=True, slots=True)
 class Match:
-    """A rule applied to one parameter: the names filled in."""
+    """A rule applied to one parameter. An expert's number is through the whole layer."""
 
-    kind: Kind
-    hf: tuple[str, ...]
+    rule: Rule
+    layer: int
+    expert: int | None
+
+    @property
+    def kind(self) -> Kind:
+        return self.rule.kind
+
+    @property
+    def megatron(self) -> str:
+        return self.rule.megatron.format(layer=self.layer, expert=self.expert)
+
+    @property
+    def hf(self) -> tuple[str, ...]:
+        return tuple(name.format(layer=self.layer, expert=self.expert) for name in self.rule.hf)
 
 
 class WeightMap:
     """All rules of one model, by Megatron name. Tied models have no tensor of their own for the output layer."""
 
-    def __init__(self, rules: Sequence[Rule], *, num_layers: int, tied: bool) -> None:
+    def __init__(self, rules: Sequence[Rule], *, num_layers: int, num_experts: int = 0, tied: bool) -> None:
         self.matches: dict[str, Match] = {}
         for rule in rules:
-            for layer in range(num_layers) if rule.per_layer else (0,):
-                names = tuple(name.format(layer=layer) for name in rule.hf)
-                self.matches[rule.megatron.format(layer=layer)] = Match(rule.kind, names)
+            layers = range(num_layers) if rule.per_layer else (0,)
+            experts = range(num_experts) if rule.per_expert else (None,)
+            for layer, expert in itertools.product(layers, experts):
+                match = Match(rule, layer, expert)
+                self.matches[match.megatron] = match
         self.tied_to_embedding = self._tie() if tied else frozenset[str]()
 
     def _tie(self) -> frozenset[str]:
@@ -177,7 +201,12 @@ class WeightMap:
 
 
 def canonical_name(name: str) -> str:
-    """The plain spelling of a name: Transformer Engine fuses a norm into the linear layer behind it."""
-    return name.replace(".self_attention.linear_qkv.layer_norm_weight", ".input_layernorm.weight").replace(
-        ".mlp.linear_fc1.layer_norm_weight", ".pre_mlp_layernorm.weight"
-    )
+    """The plain spelling of a name: Transformer Engine fuses a norm into the linear layer behind it.
+
+    An expert is `mlp.experts.3.linear_fc1.weight`, which megatron-core spells `mlp.experts.local_experts.3.linear_fc1.
+    weight` or, where Transformer Engine multiplies all experts at once, `mlp.experts.linear_fc1.weight3`.
+    """
+    name = name.replace(".self_attention.linear_qkv.layer_norm_weight", ".input_layernorm.weight")
+    name = name.replace(".mlp.linear_fc1.layer_norm_weight", ".pre_mlp_layernorm.weight")
+    name = name.replace(".mlp.experts.local_experts.", ".mlp.experts.")
+    return GROUPED_EXPERT.sub(r".mlp.experts.\2.\1.weight", name)

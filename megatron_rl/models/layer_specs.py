@@ -19,8 +19,13 @@ from megatron_rl.models.attention import PackedAttention, RMSNorm
 
 def local_layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """megatron-core's local layer with packed attention and a norm that supports sequence parallelism."""
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
+    layer = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, normalization="RMSNorm", qk_layernorm=config.qk_layernorm
+    )
     parts = layer.submodules
+    if config.num_moe_experts:
+        # Experts have no linear layer that Transformer Engine fuses this norm into, so checkpoints keep its own name.
+        parts.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
     attention = parts.self_attention.submodules
     attention.core_attention = PackedAttention
@@ -40,4 +45,6 @@ def layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> Transf
         raise ImportError(
             "training on CUDA needs Transformer Engine, which is not installed: pip install 'megatron_rl[gpu]'"
         ) from error
-    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    return get_gpt_layer_with_transformer_engine_spec(
+        num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=config.qk_layernorm
+    )

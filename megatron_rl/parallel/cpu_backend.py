@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_rl.parallel.cpu_adam import CpuAdam
 
@@ -168,7 +169,53 @@ def _distributed_optimizer(module: Any) -> None:
         module.Adam, module.HAVE_APEX_OR_TE, module.USING_TE_OPTIMIZER = CpuAdam, True, True
 
 
+def _uneven_pieces(module: Any) -> None:
+    gather, reduce_scatter = module._gather_along_first_dim, module._reduce_scatter_along_first_dim
+
+    def gathered(tensor: torch.Tensor, group: Any, sizes: list[int] | None = None, *options: Any) -> torch.Tensor:
+        if sizes is None or group.size() == 1:
+            return gather(tensor, group, sizes, *options)
+        whole = tensor.new_empty(sum(sizes), *tensor.shape[1:])
+        sent = tensor.repeat(group.size(), *[1] * (tensor.dim() - 1))
+        dist.all_to_all_single(whole, sent, sizes, [len(tensor)] * group.size(), group=group)
+        return whole
+
+    def reduced(tensor: torch.Tensor, group: Any, sizes: list[int] | None = None, *options: Any) -> torch.Tensor:
+        if sizes is None or group.size() == 1:
+            return reduce_scatter(tensor, group, sizes, *options)
+        pieces = tensor.new_empty(group.size(), sizes[group.rank()], *tensor.shape[1:])
+        own = [len(pieces[0])] * group.size()
+        dist.all_to_all_single(pieces.flatten(0, 1), tensor.contiguous(), own, sizes, group=group)
+        return pieces.sum(0)
+
+    module._gather_along_first_dim, module._reduce_scatter_along_first_dim = gathered, reduced
+
+
+def _routing(module: Any) -> None:
+    def as_it_is(tensor: torch.Tensor, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    module.maybe_move_tensor_to_cpu = as_it_is
+    if not module.HAVE_TE:
+        module.te_general_gemm = None
+
+
 DEBTS = (
+    Debt(
+        f"{PACKAGE}.tensor_parallel.mappings",
+        ("_gather_along_first_dim", "_reduce_scatter_along_first_dim"),
+        "tensor_parallel/mappings.py:112,155",
+        "tensor-parallel ranks of an expert have unlike numbers of tokens, and gloo gathers like ones only",
+        _uneven_pieces,
+    ),
+    Debt(
+        f"{PACKAGE}.transformer.moe.moe_utils",
+        ("HAVE_TE", "RouterGatingLinearFunction", "maybe_move_tensor_to_cpu"),
+        "transformer/moe/moe_utils.py:34-39,1078-1100,1192",
+        "the router asks whether Transformer Engine has given it a product, under a name that without it does not "
+        "exist; and counts of tokens are kept alive for a stream of copies, of which a CPU has none",
+        _routing,
+    ),
     Debt(
         f"{PACKAGE}.tensor_parallel.random",
         ("_get_cuda_rng_state", "_set_cuda_rng_state"),

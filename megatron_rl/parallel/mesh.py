@@ -27,6 +27,9 @@ TIMEOUT = datetime.timedelta(minutes=10)
 class Mesh:
     """Sizes, this process's coordinates, and process groups of the axes tp (tensor), pp (pipeline), dp (data).
 
+    The tp * dp ranks of a stage are cut a second time for the experts of its layers: ep (expert) ranks share them out,
+    etp (expert tensor) ranks hold a part of each; what is left over are copies.
+
     `recompute` is no axis, but like sequence parallelism a way to hold less per rank without changing a number.
     """
 
@@ -39,6 +42,12 @@ class Mesh:
     dp_size: int
     dp_rank: int
     dp_group: dist.ProcessGroup
+    ep_size: int
+    ep_rank: int
+    ep_group: dist.ProcessGroup
+    etp_size: int
+    etp_rank: int
+    etp_group: dist.ProcessGroup
     world_size: int
     rank: int
     vpp_size: int
@@ -107,6 +116,8 @@ def create_mesh(
     pp: int = 1,
     vpp: int = 1,
     dp: int | None = None,
+    ep: int = 1,
+    etp: int = 1,
     sequence_parallel: bool = False,
     recompute: bool = False,
     seed: int = 0,
@@ -120,12 +131,19 @@ def create_mesh(
             f"the layout parallel.tp={tp}, parallel.pp={pp}, parallel.dp={dp} needs {wanted} processes, and this run "
             f"has {world}: start as many, or change the layout"
         )
+    if world // pp % (ep * etp):
+        raise ConfigError(
+            f"parallel.ep={ep} times parallel.etp={etp} must divide the {world // pp} ranks of a pipeline stage: "
+            "change one of them, or the number of processes"
+        )
     if sequence_parallel and tp == 1:
         raise ConfigError("parallel.sequence_parallel=true needs parallel.tp > 1: with one tensor rank nothing is cut")
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None,
+        expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=etp,
     )
     seed_everything(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
@@ -139,6 +157,12 @@ def create_mesh(
         dp_size=parallel_state.get_data_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_group=parallel_state.get_data_parallel_group(),
+        ep_size=ep,
+        ep_rank=parallel_state.get_expert_model_parallel_rank(),
+        ep_group=parallel_state.get_expert_model_parallel_group(),
+        etp_size=etp,
+        etp_rank=parallel_state.get_expert_tensor_parallel_rank(),
+        etp_group=parallel_state.get_expert_tensor_parallel_group(),
         world_size=world,
         rank=dist.get_rank(),
         vpp_size=vpp,

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from megatron_rl.metrics.progress import tick
-from megatron_rl.models.hf_config import load_config
+from megatron_rl.models.hf_config import load_config, named_weights
 from megatron_rl.parallel.collect import gather_over_world
 from megatron_rl.parallel.device import device
 from megatron_rl.rollout.checksum import checksum
@@ -70,7 +70,7 @@ class HFEngine:
 
     @torch.no_grad()
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        parameters = self._weights()
         waiting = set(parameters)
         for name, tensor in weights:
             parameters[name].copy_(tensor)
@@ -82,8 +82,11 @@ class HFEngine:
             raise RuntimeError(f"the weight update left out {', '.join(sorted(waiting))}")
         self.version = version
 
+    def _weights(self) -> dict[str, Tensor]:
+        return named_weights(self.model, dict(self.model.named_parameters(remove_duplicate=False)))
+
     def checksums(self, names: Iterable[str]) -> dict[str, int]:
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        parameters = self._weights()
         return {name: checksum(parameters[name]) for name in names}
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[RolloutGroup]:

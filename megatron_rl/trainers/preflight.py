@@ -25,6 +25,7 @@ from megatron_rl.config.schema import (
     EvaluationConfig,
     GrpoConfig,
     ModelConfig,
+    ParallelConfig,
     PolicyConfig,
     RewardConfig,
     RolloutTrainerConfig,
@@ -36,7 +37,7 @@ from megatron_rl.data.sources import TASK_PREFIX
 from megatron_rl.data.tokenizer import load_tokenizer, read_generation_eos, stop_ids
 from megatron_rl.models.build import weight_map
 from megatron_rl.models.hf_config import ModelShape, check_layout, load_shape, num_parameters, tensor_shapes
-from megatron_rl.models.hf_map import SCALAR_HEAD, WeightMap
+from megatron_rl.models.hf_map import SCALAR_HEAD
 from megatron_rl.parallel.device import ON_CPU
 from megatron_rl.rewards.pool import RewardPool
 from megatron_rl.rewards.reasoning import check_task
@@ -108,14 +109,25 @@ def _of_evaluation(config: EvaluationConfig) -> Findings:
 
 def _check_model(config: Config | EvaluationConfig, latest: Path | None) -> PreTrainedTokenizerBase:
     """The model can be cut as the layout says, has weights, and goes with its tokenizer, which is returned."""
-    parallel = config.parallel
     shape = load_shape(config.model.path)
     _check_engine(config.rollout, shape.head_dim)
-    check_layout(shape, tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp)
+    _check_layout(shape, config.parallel)
     _check_weights(config.model, shape, latest)
     tokenizer = load_tokenizer(config.model.path)
     _check_vocabulary(tokenizer, shape)
     return tokenizer
+
+
+def _check_layout(shape: ModelShape, parallel: ParallelConfig) -> None:
+    check_layout(
+        shape,
+        tp=parallel.tp,
+        pp=parallel.pp,
+        vpp=parallel.vpp,
+        ep=parallel.ep,
+        etp=parallel.etp,
+        sequence_parallel=parallel.sequence_parallel,
+    )
 
 
 def _check_engine(rollout: SamplingConfig, head_dim: int) -> None:
@@ -182,9 +194,8 @@ def _warnings(config: Config) -> list[str]:
 def _check_weights(model: ModelConfig, shape: ModelShape, latest: Path | None) -> None:
     """The weights to start from, and the checkpoint that the run would continue from, are of this model."""
     if model.weights == PRETRAINED:
-        names = WeightMap(shape.family.rules, num_layers=shape.num_layers, tied=shape.tied).hf_names()
         reader = SafetensorsReader(model.path)
-        reader.check(names)
+        reader.check(weight_map(shape).hf_names())
         reader.check_shapes(tensor_shapes(model.path))
     elif model.weights != RANDOM:
         check_model(find_checkpoint(model.weights), "actor", shape.identity())
@@ -202,10 +213,10 @@ def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, shape: ModelShape) -> 
 
 def _check_critic(config: CriticTrainerConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """The critic can be cut like the policy, reads its tokens, and has weights to start from."""
-    model, parallel = critic_model(config), config.parallel
+    model = critic_model(config)
     try:
         shape = load_shape(model.path).as_scalar()
-        check_layout(shape, tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp)
+        _check_layout(shape, config.parallel)
         own = load_tokenizer(model.path).get_vocab()
     except ValueError as error:
         raise ValueError(f"critic.path={model.path!r}: {error}") from error

@@ -39,19 +39,19 @@ def shards(optimizer: Any) -> Iterator[Shard]:
         yield from _shards(part)
 
 
-def sharded_state(optimizer: Any, weights: dict[str, Any], group: dist.ProcessGroup, *, loading: bool) -> dict:
+def sharded_state(optimizer: Any, weights: dict[str, Any], *, loading: bool) -> dict:
     """Moments (and master weights, where the weights are not float32) beside the sharded `weights`. Collective."""
     state: dict[int, Any] = {}
     for number, part in enumerate(optimizer.chained_optimizers):
         state[number] = part.state_dict()
         state[number]["tensors"] = {
-            name: beside(part, weights, f"optimizer.{name}.", _held(part, name), group, loading=loading)
+            name: beside(part, weights, f"optimizer.{name}.", _held(part, name), loading=loading)
             for name in _names(part)
         }
     return state
 
 
-def load_state(optimizer: Any, state: dict[int, Any], group: dist.ProcessGroup) -> None:
+def load_state(optimizer: Any, state: dict[int, Any]) -> None:
     """Takes back what `sharded_state` gave out, once it is loaded."""
     for number, part in enumerate(optimizer.chained_optimizers):
         loaded = state[number].pop("tensors")
@@ -60,13 +60,13 @@ def load_state(optimizer: Any, state: dict[int, Any], group: dist.ProcessGroup) 
             take(part, loaded[name], _held(part, name))
 
 
-def wholes(
-    part: Any, shard_of: ShardOf, group: dist.ProcessGroup, *, loading: bool = False
-) -> Iterator[tuple[Parameter, Tensor]]:
+def wholes(part: Any, shard_of: ShardOf, *, loading: bool = False) -> Iterator[tuple[Parameter, Tensor]]:
     """Each parameter of a part of the optimizer with a tensor of its shape, which data-parallel ranks hold in shards.
 
-    Gathered bucket by bucket; `loading`: room for what is read. Collective.
+    Gathered bucket by bucket; `loading`: room for what is read. Collective. Experts are a part of their own, and those
+    ranks are the ones with the same experts.
     """
+    group = part.data_parallel_group
     for bucket, ranges in _buckets(part):
         shared, gathered = group.size() > 1, None
         if shared and not loading:
@@ -80,15 +80,13 @@ def wholes(
                 yield parameter, gathered[start:stop].view(parameter.shape)
 
 
-def beside(
-    part: Any, weights: dict[str, Any], prefix: str, shard_of: ShardOf, group: dist.ProcessGroup, *, loading: bool
-) -> dict[int, Any]:
+def beside(part: Any, weights: dict[str, Any], prefix: str, shard_of: ShardOf, *, loading: bool) -> dict[int, Any]:
     """The `wholes` as sharded tensors: placed as the sharded `weights`, and named after them. Collective."""
     extracted, _ = extract_sharded_tensors_and_factories(weights)
     places = {place.data: place for place in nested_values(extracted)}
     found = {}
-    for index, (parameter, whole) in enumerate(wholes(part, shard_of, group, loading=loading)):
-        tensor, place = whole if group.size() == 1 else whole.cpu(), places[parameter]
+    for index, (parameter, whole) in enumerate(wholes(part, shard_of, loading=loading)):
+        tensor, place = whole if part.data_parallel_group.size() == 1 else whole.cpu(), places[parameter]
         fields = {"key": f"{prefix}{place.key}", "data": tensor}
         found[index] = replace(place, **fields, **({"dtype": tensor.dtype} if hasattr(place, "dtype") else {}))
     return found

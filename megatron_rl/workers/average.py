@@ -99,7 +99,7 @@ class WeightAverage:
                 else:
                     place.copy_(source)
         for part in self.worker.optimizer.chained_optimizers:
-            for parameter, whole in adam_state.wholes(part, self.shards.__getitem__, self.worker.mesh.dp_group):
+            for parameter, whole in adam_state.wholes(part, self.shards.__getitem__):
                 target.pop(parameter).copy_(whole)
         assert not target, "every trained parameter is in the optimizer"
         model.version = self.num_updates
@@ -125,9 +125,9 @@ class WeightAverage:
 
     def sharded_state(self, *, loading: bool) -> dict[str, Any]:
         """Tensors of the weights' names and shapes, which reshard as the weights do, and the count."""
-        weights, group = self.worker.sharded_weights(), self.worker.mesh.dp_group
+        weights = self.worker.sharded_weights()
         shards = {
-            number: adam_state.beside(part, weights, "", self.shards.__getitem__, group, loading=loading)
+            number: adam_state.beside(part, weights, "", self.shards.__getitem__, loading=loading)
             for number, part in enumerate(self.worker.optimizer.chained_optimizers)
         }
         return {"shards": shards, "num_updates": self.num_updates}

@@ -66,10 +66,13 @@ class ModelWorker(ShardedModel):
 
         Adam keeps two float32 moments and, where the weights are not float32 themselves, a float32 master copy.
         """
-        weights = sum(parameter.nbytes for model in self.models for parameter in model.parameters())
-        elements = sum(parameter.numel() for model in self.models for parameter in model.parameters())
+        parameters = [parameter for model in self.models for parameter in model.parameters()]
+        gradients = sum(4 * parameter.numel() for parameter in parameters)
         copies = 2 if self.models[0].config.params_dtype == torch.float32 else 3
-        return weights + 4 * elements + 4 * copies * elements // self.mesh.dp_size
+        shares = sum(
+            copies * buffer.grad_data.nbytes // buffer.data_parallel_group.size() for buffer in self._buffers()
+        )
+        return sum(parameter.nbytes for parameter in parameters) + gradients + shares
 
     def forward_backward(self, samples: Sequence[Sample], plan: StepPlan, objective: Objective) -> Metrics:
         """Accumulates the gradient of `objective` over one mini-batch; returns its metrics, reduced over all ranks.
@@ -127,7 +130,7 @@ class ModelWorker(ShardedModel):
         weights = self.sharded_weights()
         return {
             **weights,
-            "optimizer": adam_state.sharded_state(self.optimizer, weights, self.mesh.dp_group, loading=loading),
+            "optimizer": adam_state.sharded_state(self.optimizer, weights, loading=loading),
             "scheduler": self.scheduler.state_dict(),
             "version": self.version,
         }
@@ -136,7 +139,7 @@ class ModelWorker(ShardedModel):
         super().load_state(state)
         # Rates and betas are the config's to say, also where the checkpoint was written with others.
         options = [{k: v for k, v in group.items() if k in GROUP_OPTIONS} for group in self.optimizer.param_groups]
-        adam_state.load_state(self.optimizer, state["optimizer"], self.mesh.dp_group)
+        adam_state.load_state(self.optimizer, state["optimizer"])
         for group, own in zip(self.optimizer.param_groups, options, strict=True):
             group.update(own)
         # megatron-core adds the saved count to the present one.
@@ -172,18 +175,22 @@ class ModelWorker(ShardedModel):
 
     def _gradients_are_finite(self) -> bool:
         """Of all gradients on this rank, those that the optimizer's norm leaves out as duplicates too."""
-        norms = [buffer.grad_data.norm() for chunk in self.chunks for buffer in chunk.buffers]
+        norms = [buffer.grad_data.norm() for buffer in self._buffers()]
         return bool(torch.stack(norms).isfinite().all())
 
     def _complete_gradients(self) -> None:
         """After reduce-scatter each data-parallel rank holds its shard of the buffer; this fills in the rest."""
-        if self.mesh.dp_size == 1:
-            return
+        for buffer in self._buffers():
+            group = buffer.data_parallel_group
+            for bucket in buffer.buckets if group.size() > 1 else ():
+                shard = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+                dist.all_gather_into_tensor(bucket.grad_data, shard, group=group)
+
+    def _buffers(self) -> Iterator[Any]:
+        """The gradient buffers: experts have their own, for they are copied on other ranks than the rest."""
         for chunk in self.chunks:
-            for buffer in chunk.buffers:
-                for bucket in buffer.buckets:
-                    shard = bucket.grad_data.chunk(self.mesh.dp_size)[self.mesh.dp_rank].clone()
-                    dist.all_gather_into_tensor(bucket.grad_data, shard, group=self.mesh.dp_group)
+            yield from chunk.buffers
+            yield from chunk.expert_parallel_buffers
 
 
 def _main_grad(parameter: Parameter) -> Tensor:

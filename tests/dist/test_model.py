@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import load_file
 from tests.dist.pool import Pool
 from tests.models import tiny_model
 
-LAYOUTS = {
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp1": (1, {}),
     "tp2": (2, {"tp": 2}),
     "tp2_sp": (2, {"tp": 2, "sequence_parallel": True}),
@@ -43,12 +44,15 @@ def logits_and_reexport(directory: str, layout: dict, tokens: list[list[int]], o
     return None if logits is None else [x.tolist() for x in logits]
 
 
-def assert_same_model(pool: Pool, directory: Path, layout: str, out: Path, vocab_size: int) -> None:
+def assert_same_model(
+    pool: Pool, directory: Path, layout: tuple[int, dict[str, Any]], out: Path, vocab_size: int = 99
+) -> None:
+    """`layout`: the number of ranks, and how they are laid out."""
     from transformers import AutoModelForCausalLM
 
     generator = torch.Generator().manual_seed(1)
     tokens = [torch.randint(0, vocab_size, (n,), generator=generator).tolist() for n in LENGTHS]
-    world, options = LAYOUTS[layout]
+    world, options = layout
     answers = pool.run(logits_and_reexport, world, str(directory), options, tokens, str(out))
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     found = next(answer for answer in answers if answer is not None)
@@ -72,12 +76,12 @@ def test_logits_and_weights(pool: Pool, tmp_path: Path, family: str, tied: bool,
     # Qwen3's heads are wider than hidden_size / heads.
     changes = {"head_dim": 12} if family == "qwen3" else {}
     directory = tiny_model(tmp_path / "model", family, tied=tied, **changes)
-    assert_same_model(pool, directory, layout, tmp_path / "out", 99)
+    assert_same_model(pool, directory, LAYOUTS[layout], tmp_path / "out")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_real_model(pool: Pool, stories: Path, tmp_path: Path, layout: str) -> None:
-    assert_same_model(pool, stories, layout, tmp_path / "out", 512)
+    assert_same_model(pool, stories, LAYOUTS[layout], tmp_path / "out", 512)
 
 
 def test_llama3_frequencies(pool: Pool, tmp_path: Path) -> None:
@@ -90,9 +94,9 @@ def test_llama3_frequencies(pool: Pool, tmp_path: Path) -> None:
         "original_max_position_embeddings": 16,
     }
     directory = tiny_model(tmp_path / "model", rope_parameters=rope)
-    assert_same_model(pool, directory, "tp2", tmp_path / "out", 99)
+    assert_same_model(pool, directory, LAYOUTS["tp2"], tmp_path / "out")
     config = json.loads((directory / "config.json").read_text())
     config["rope_scaling"] = config.pop("rope_parameters")
     config["rope_theta"] = config["rope_scaling"].pop("rope_theta")
     (directory / "config.json").write_text(json.dumps(config))
-    assert_same_model(pool, directory, "tp2", tmp_path / "again", 99)
+    assert_same_model(pool, directory, LAYOUTS["tp2"], tmp_path / "again")

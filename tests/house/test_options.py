@@ -36,7 +36,7 @@ def attributes_read() -> set[str]:
 
 
 # The layout is handed on whole, as keyword arguments of the mesh.
-HANDED_ON = {("parallel", name) for name in ("tp", "pp", "vpp", "dp", "sequence_parallel", "recompute")}
+HANDED_ON = {("parallel", name) for name in ("tp", "pp", "vpp", "dp", "ep", "etp", "sequence_parallel", "recompute")}
 
 
 @pytest.mark.parametrize("trainer", SCHEMAS)
@@ -48,7 +48,7 @@ def test_every_option_has_a_reader(trainer: str) -> None:
 
 @pytest.mark.parametrize("trainer", SCHEMAS)
 def test_few_options(trainer: str) -> None:
-    assert len(list(fields(SCHEMAS[trainer]))) < 130
+    assert len(list(fields(SCHEMAS[trainer]))) < 132
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=[str(path.relative_to(ROOT)) for path in CONFIGS])

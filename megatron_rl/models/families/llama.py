@@ -1,8 +1,8 @@
-"""Llama: no biases."""
+"""Llama: no biases. `BODY` is what families with other MLPs share."""
 
 from megatron_rl.models.hf_map import FUSED_QKV, GATED_LINEAR, REPLICATED, ROW_PARALLEL, VOCABULARY, Rule
 
-RULES = (
+BODY = (
     Rule("embedding.word_embeddings.weight", VOCABULARY, ("model.embed_tokens.weight",)),
     Rule("output_layer.weight", VOCABULARY, ("lm_head.weight",)),
     Rule("decoder.final_layernorm.weight", REPLICATED, ("model.norm.weight",)),
@@ -22,6 +22,10 @@ RULES = (
         ROW_PARALLEL,
         ("model.layers.{layer}.self_attn.o_proj.weight",),
     ),
+)
+
+RULES = (
+    *BODY,
     Rule(
         "decoder.layers.{layer}.mlp.linear_fc1.weight",
         GATED_LINEAR,

@@ -3,14 +3,13 @@
 from megatron_rl.models.families import llama
 from megatron_rl.models.hf_map import REPLICATED, Rule
 
-RULES = (
-    *llama.RULES,
-    *(
-        Rule(
-            f"decoder.layers.{{layer}}.self_attention.{part}_layernorm.weight",
-            REPLICATED,
-            (f"model.layers.{{layer}}.self_attn.{part}_norm.weight",),
-        )
-        for part in "qk"
-    ),
+QK_NORMS = tuple(
+    Rule(
+        f"decoder.layers.{{layer}}.self_attention.{part}_layernorm.weight",
+        REPLICATED,
+        (f"model.layers.{{layer}}.self_attn.{part}_norm.weight",),
+    )
+    for part in "qk"
 )
+
+RULES = (*llama.RULES, *QK_NORMS)
