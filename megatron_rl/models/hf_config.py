@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_rl.models.families import FAMILIES, Family
@@ -119,7 +118,7 @@ def _refuse_variants(hf: Any) -> None:
 
 def _experts(hf: Any) -> Experts | None:
     """The mixture that a config describes, if it does. Mixtral always normalises what its router chose."""
-    if not FAMILIES[hf.model_type].mixture:
+    if FAMILIES[hf.model_type].mixture is None:
         return None
     count = hf.num_local_experts if hf.model_type == "mixtral" else hf.num_experts
     if not 1 <= hf.num_experts_per_tok <= count:
@@ -230,9 +229,25 @@ def tensor_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
 def named_weights(model: Any, parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The parameters of a `transformers` model under the names of its files: views of them, in the files' shapes.
 
-    transformers 5 keeps the experts of a layer in one tensor, which its files hold one by one.
+    transformers 5 keeps all experts of a layer in two tensors, [E, 2 F, H] and [E, H, F], which its files hold one by
+    one; what it makes of one for the other are copies.
     """
-    return dict(revert_weight_conversion(model, parameters))
+    mixture = FAMILIES[model.config.model_type].mixture
+    if mixture is None:
+        return parameters
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in parameters.items():
+        layer, _, part = name.partition(".mlp.")
+        experts = f"{layer}.{mixture.block}.experts"
+        if part == "experts.gate_up_proj":
+            for expert, (gate, up) in enumerate(one.chunk(2) for one in tensor.detach()):
+                found[f"{experts}.{expert}.{mixture.gate}.weight"] = gate
+                found[f"{experts}.{expert}.{mixture.up}.weight"] = up
+        elif part == "experts.down_proj":
+            found |= {f"{experts}.{e}.{mixture.down}.weight": one for e, one in enumerate(tensor.detach())}
+        else:
+            found[f"{layer}.{mixture.block}.{part}" if part else name] = tensor
+    return found
 
 
 def num_parameters(path: str | Path) -> int:

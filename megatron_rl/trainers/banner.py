@@ -31,6 +31,8 @@ def banner(
     """One block of lines. `done`: steps that an earlier process has done."""
     parallel = config.parallel
     cuts = f"tp={mesh.tp_size} pp={mesh.pp_size} vpp={mesh.vpp_size} dp={mesh.dp_size}"
+    if actor.shape.experts:
+        cuts += f" ep={mesh.ep_size} etp={mesh.etp_size}"
     ways = [name for name in ("sequence_parallel", "recompute") if getattr(parallel, name)]
     used, total, place = _memory()
     beside = {"the critic's": critic, "average": average}

@@ -6,6 +6,7 @@ cut, order and stream the batch. Nothing may differ by more than rounding.
 """
 
 import dataclasses
+import itertools
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -43,7 +44,7 @@ from megatron_rl.workers.model_worker import ModelWorker
 from megatron_rl.workers.objective import NegativeLogLikelihood, Objective
 
 # Eight heads and four layers can be cut four ways along either axis; a vocabulary of 99 by no number of ranks.
-TINY = {
+TINY: dict[str, int] = {
     "num_hidden_layers": 4,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -53,6 +54,7 @@ TINY = {
     "vocab_size": 99,
     "max_position_embeddings": 128,
 }
+TINY_EXPERTS = {"num_experts": 8, "num_local_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 SEQUENCES = 13
 WIDE, NARROW = 4096, 48  # tokens per micro-batch: everything together, and a few sequences at a time
 TOLERANCE = 1e-5  # relative, in float32
@@ -87,18 +89,25 @@ class Difference(NamedTuple):
     worst: str
 
 
-def cuts(world: int) -> Iterator[Cut]:
-    """Every layout of `world` ranks (data-parallel ranks fill up), then ways to cut the batch on all of them."""
+def cuts(world: int, *, experts: bool = False) -> Iterator[Cut]:
+    """Every layout of `world` ranks (data-parallel ranks fill up), then ways to cut the batch on all of them.
+
+    With `experts` tensor parallelism is always sequence-parallel, and each layout is cut for the experts in every way.
+    """
     sizes = [n for n in range(1, world + 1) if world % n == 0]
     for tp in sizes:
         for pp in (n for n in sizes if tp * n <= world and world % (tp * n) == 0):
             name = " ".join(f"{axis}{n}" for axis, n in (("tp", tp), ("pp", pp), ("dp", world // (tp * pp))) if n > 1)
-            layout = {"tp": tp, "pp": pp}
-            yield Cut(name=name or "one rank", layout=layout)
+            layout: dict[str, Any] = {"tp": tp, "pp": pp}
+            parallel = layout | {"sequence_parallel": tp > 1}
+            if not experts or tp == 1:
+                yield Cut(name=name or "one rank", layout=layout)
             if tp > 1:
-                yield Cut(name=f"{name} sequence_parallel", layout=layout | {"sequence_parallel": True})
+                yield Cut(name=f"{name} sequence_parallel", layout=parallel)
             if pp == 2:
-                yield Cut(name=f"{name} vpp2", layout=layout | {"vpp": 2})
+                yield Cut(name=f"{name} vpp2", layout=(parallel if experts else layout) | {"vpp": 2})
+            for ep, etp in _of_experts(world // pp) if experts else ():
+                yield Cut(name=f"{name} ep{ep} etp{etp}", layout=parallel | {"ep": ep, "etp": etp})
     yield Cut(name="one micro-batch per rank", max_tokens=WIDE)
     yield Cut(name="one sequence per micro-batch", alone=True)
     yield Cut(name="sequences backwards", backwards=True)
@@ -106,10 +115,18 @@ def cuts(world: int) -> Iterator[Cut]:
     yield Cut(name="recompute", layout={"recompute": True})
 
 
+def _of_experts(ranks: int) -> Iterator[tuple[int, int]]:
+    """Ways to cut experts over the ranks of a stage, beside leaving them whole: (ep, etp)."""
+    for ep, etp in itertools.product((n for n in range(1, ranks + 1) if ranks % n == 0), repeat=2):
+        if ep * etp > 1 and ranks % (ep * etp) == 0:
+            yield ep, etp
+
+
 def tiny_directory(model_path: str, directory: Path) -> None:
     """A config of the same family, biases, norms, tying and rotary embedding, with the sizes of TINY."""
     config = load_config(model_path)
-    for name, value in TINY.items():
+    mixture = {name: value for name, value in TINY_EXPERTS.items() if hasattr(config, name)}
+    for name, value in (TINY | mixture).items():
         setattr(config, name, value)
     # Where the family derives one entry per layer, it is to be derived again.
     if getattr(config, "layer_types", None):
@@ -264,7 +281,7 @@ def _table(config: Config, folder: str, *, critic: bool) -> bool:
     failed = False
     if first:
         print(f"{'cut':<34} {'loss':>9} {'gradient':>9}   worst parameter")
-    for cut in cuts(world):
+    for cut in cuts(world, experts=load_shape(folder).experts is not None):
         apart = difference(gradient(config, folder, cut, critic=critic), expected)
         wrong = any_rank(not (apart.loss <= TOLERANCE and apart.gradient <= TOLERANCE))
         failed |= wrong

@@ -67,17 +67,19 @@ def wholes(part: Any, shard_of: ShardOf, *, loading: bool = False) -> Iterator[t
     ranks are the ones with the same experts.
     """
     group = part.data_parallel_group
-    for bucket, ranges in _buckets(part):
+    for buffer, bucket, ranges in _buckets(part):
         shared, gathered = group.size() > 1, None
         if shared and not loading:
             gathered = _gathered(bucket, ranges, shard_of, group)
-        for parameter, (start, stop) in bucket.param_to_index.items():
+        for parameter in bucket.params_list:
+            # The bucket's own list of places leaves out the padding between parameters.
+            start, stop, _ = buffer.param_index_map[parameter]
             if not shared:
                 yield parameter, shard_of(parameter).view(parameter.shape)
             elif gathered is None:
                 yield parameter, torch.empty(parameter.shape)
             else:
-                yield parameter, gathered[start:stop].view(parameter.shape)
+                yield parameter, gathered[start - bucket.offset : stop - bucket.offset].view(parameter.shape)
 
 
 def beside(part: Any, weights: dict[str, Any], prefix: str, shard_of: ShardOf, *, loading: bool) -> dict[int, Any]:
@@ -94,22 +96,23 @@ def beside(part: Any, weights: dict[str, Any], prefix: str, shard_of: ShardOf, *
 
 def take(part: Any, loaded: dict[int, Tensor], shard_of: ShardOf) -> None:
     """This rank's shards of what `beside` gave out, once it is loaded."""
-    order = (parameter for bucket, _ in _buckets(part) for parameter in bucket.param_to_index)
+    order = (parameter for _, bucket, _ in _buckets(part) for parameter in bucket.params_list)
     held = {parameter: loaded[index] for index, parameter in enumerate(order)}
     for parameter, start, stop, _ in _shards(part):
         shard_of(parameter).copy_(held[parameter].view(-1)[start:stop])
 
 
-def _buckets(part: Any) -> Iterator[tuple[Any, Any]]:
-    """Each bucket of the gradient buffers, and which parameters' elements this rank holds of it."""
+def _buckets(part: Any) -> Iterator[tuple[Any, Any, Any]]:
+    """Each gradient buffer and bucket of it, and which parameters' elements this rank holds of that."""
     part.init_state_fn(part.optimizer, part.config)
     for buffer, by_dtype in zip(part.buffers, part.gbuf_ranges, strict=True):
         (ranges,) = by_dtype.values()
-        yield from zip(buffer.buckets, ranges, strict=True)
+        for bucket, held in zip(buffer.buckets, ranges, strict=True):
+            yield buffer, bucket, held
 
 
 def _shards(part: Any) -> Iterator[Shard]:
-    for _, ranges in _buckets(part):
+    for _, _, ranges in _buckets(part):
         for parameter, where in ranges["param_map"].items():
             tensors = part._get_main_param_and_optimizer_states(parameter)
             yield Shard(parameter, where["param"].start, where["param"].end, tensors)

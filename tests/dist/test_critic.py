@@ -52,13 +52,13 @@ def values_and_gradients(directory: str, layout: dict, reading: str, max_tokens:
     return values, named
 
 
-def dense(directory: str, reading: str) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
+def dense(directory: str, reading: str, **options: Any) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
     """Values of each sample, and the gradient of sum slope * value, by transformers in float64."""
     from transformers import AutoModel
 
     from megatron_rl.models.random_weights import scalar_head
 
-    body = AutoModel.from_pretrained(directory, dtype=torch.float64)
+    body = AutoModel.from_pretrained(directory, dtype=torch.float64, **options)
     head = scalar_head(body.config.hidden_size, 7).double().requires_grad_()
     values, loss = {}, torch.zeros((), dtype=torch.float64)
     for sample in sloped_samples():

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.config.load import load_config
+from megatron_rl.models.hf_config import load_shape
 from megatron_rl.trainers import verify
 from megatron_rl.trainers.verify import Cut, cuts, difference, gradient, tiny_directory
 from tests.dist.pool import Pool
@@ -45,6 +46,7 @@ CASES = {
     ),
     "ppo": ("ppo", "qwen2", []),
     "gad": ("gad", "llama", []),
+    "mixture": ("grpo", "qwen3_moe", []),
     "gspo": ("grpo", "qwen3", ["algorithm.name=gspo", "algorithm.clip_high=0.3", "algorithm.clip_low=0.3"]),
 }
 
@@ -75,8 +77,9 @@ def test_every_cut_agrees(pool: Pool, prepared: tuple[str, list[str], str], name
     reference = Cut(name="reference", max_tokens=verify.WIDE)
     expected = pool.run(measure, 1, *prepared, reference)[0]
     assert expected.loss != 0 and all(value.abs().max() > 0 for value in expected.named.values())
-    chosen = [cut for cut in cuts(2) if cut.name in names]
-    assert len(chosen) == len(names)
+    experts = load_shape(prepared[2]).experts is not None
+    chosen = [cut for cut in cuts(2, experts=experts) if experts or cut.name in names]
+    assert experts or len(chosen) == len(names)
     for cut in chosen:
         for found in pool.run(measure, 2, *prepared, cut):
             apart = difference(found, expected)
@@ -102,6 +105,23 @@ def test_every_layout_of_eight_ranks_is_there() -> None:
     layouts = {tuple(sorted(cut.layout.items())) for cut in cuts(8)}
     assert {(("pp", pp), ("tp", tp)) for tp in (1, 2, 4, 8) for pp in (1, 2, 4, 8) if tp * pp <= 8} <= layouts
     assert (("pp", 2), ("tp", 4), ("vpp", 2)) in layouts
+
+
+def test_experts_are_cut_over_every_stage() -> None:
+    """In a stage of 2 tp x 2 dp: whole, or over 2 or 4 ranks, by experts, within them, or both."""
+    layouts = [cut.layout for cut in cuts(4, experts=True) if cut.layout.get("tp") == 2 and cut.layout["pp"] == 1]
+    assert all(layout["sequence_parallel"] for layout in layouts)
+    found = [(layout.get("ep", 1), layout.get("etp", 1)) for layout in layouts]
+    assert sorted(found) == [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (4, 1)]
+
+
+@pytest.mark.parametrize("prepared", ["mixture"], indirect=True)
+def test_a_mixture_of_experts_agrees(pool: Pool, prepared: tuple[str, list[str], str]) -> None:
+    expected = pool.run(measure, 1, *prepared, Cut(name="reference", max_tokens=verify.WIDE))[0]
+    (cut,) = [cut for cut in cuts(2, experts=True) if cut.layout.get("tp") == 2 and cut.layout.get("ep") == 2]
+    for found in pool.run(measure, 2, *prepared, cut):
+        apart = difference(found, expected)
+        assert apart.loss < verify.TOLERANCE and apart.gradient < verify.TOLERANCE, (cut, apart)
 
 
 @pytest.mark.full

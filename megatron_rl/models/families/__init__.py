@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from megatron_rl.models.families import llama, mixtral, qwen2, qwen3, qwen3_moe
+from megatron_rl.models.families.mixture import Mixture
 from megatron_rl.models.hf_map import Rule
 
 
@@ -14,7 +15,7 @@ class Family:
     rules: tuple[Rule, ...]
     qkv_bias: bool = False
     qk_norm: bool = False
-    mixture: bool = False  # of experts, in place of the MLP
+    mixture: Mixture | None = None  # of experts, in place of the MLP
 
 
 FAMILIES = {
@@ -23,7 +24,7 @@ FAMILIES = {
         Family(name="llama", rules=llama.RULES),
         Family(name="qwen2", rules=qwen2.RULES, qkv_bias=True),
         Family(name="qwen3", rules=qwen3.RULES, qk_norm=True),
-        Family(name="qwen3_moe", rules=qwen3_moe.RULES, qk_norm=True, mixture=True),
-        Family(name="mixtral", rules=mixtral.RULES, mixture=True),
+        Family(name="qwen3_moe", rules=qwen3_moe.RULES, qk_norm=True, mixture=qwen3_moe.MIXTURE),
+        Family(name="mixtral", rules=mixtral.RULES, mixture=mixtral.MIXTURE),
     )
 }
