@@ -45,6 +45,11 @@ def layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> Transf
         raise ImportError(
             "training on CUDA needs Transformer Engine, which is not installed: pip install 'megatron_rl[gpu]'"
         ) from error
+    return fused_layer_spec(config)
+
+
+def fused_layer_spec(config: TransformerConfig) -> ModuleSpec:
+    """Transformer Engine's layer: norms fused into the linear layers behind them, all experts multiplied at once."""
     return get_gpt_layer_with_transformer_engine_spec(
         num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=config.qk_layernorm
     )
