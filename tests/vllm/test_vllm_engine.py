@@ -18,14 +18,15 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason
 
 # Heads that vLLM has an attention kernel for on a CPU.
 SIZES = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
-FAMILIES = {"llama": False, "qwen2": True, "qwen3": True}  # and whether the output layer is tied
+FAMILIES = {"llama": False, "qwen2": True, "qwen3": True, "qwen3_moe": False}  # and whether the output layer is tied
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("models")
     for family, tied in FAMILIES.items():
-        tiny_tokenizer(tiny_model(folder / family, family, tied=tied, **SIZES), 99)
+        sizes = SIZES | ({"moe_intermediate_size": 64} if family == "qwen3_moe" else {})
+        tiny_tokenizer(tiny_model(folder / family, family, tied=tied, **sizes), 99)
     return {family: str(folder / family) for family in FAMILIES}
 
 
@@ -80,8 +81,13 @@ def followed(directory: str, layout: dict, tp: int, updates: int) -> tuple[list[
 
 @pytest.mark.parametrize(
     ("family", "layout", "tp"),
-    [("llama", {"tp": 2}, 2), ("qwen2", {"tp": 2}, 1), ("qwen3", {"pp": 2}, 1)],
-    ids=["llama_over_two_ranks", "qwen2_tied_tp2", "qwen3_tied_pp2"],
+    [
+        ("llama", {"tp": 2}, 2),
+        ("qwen2", {"tp": 2}, 1),
+        ("qwen3", {"pp": 2}, 1),
+        ("qwen3_moe", {"tp": 2, "sequence_parallel": True, "ep": 2}, 1),
+    ],
+    ids=["llama_over_two_ranks", "qwen2_tied_tp2", "qwen3_tied_pp2", "experts_over_two_ranks"],
 )
 def test_log_probs_are_the_trainers_through_ten_updates(
     pool: Pool, models: dict[str, str], family: str, layout: dict, tp: int
@@ -307,13 +313,15 @@ def experts(directory: str, patched: bool) -> list[float]:
 def gaps_to_transformers(engine: Any, directory: str) -> list[float]:
     from transformers import AutoModelForCausalLM
 
+    from megatron_rl.models.hf_config import named_weights
+
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     gaps = []
     for version in range(3):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(1.02)
-        engine.load_weights(per_expert(model), version)
+        engine.load_weights(named_weights(model, model.state_dict()).items(), version)
         (group,) = engine.generate(prompts()[2:3], sampling(group_size=1, temperature=1.0))
         (rollout,) = group.rollouts
         ids = torch.tensor([PROMPTS[2] + list(rollout.token_ids)])
@@ -322,20 +330,6 @@ def gaps_to_transformers(engine: Any, directory: str) -> list[float]:
         exact = [float(logp[len(PROMPTS[2]) - 1 + i, token]) for i, token in enumerate(rollout.token_ids)]
         gaps.append(max(abs(a - b) for a, b in zip(rollout.log_probs, exact, strict=True)))
     return gaps
-
-
-def per_expert(model: Any) -> Any:
-    """Weights by the names of a checkpoint, where every expert has its own."""
-    for name, tensor in model.state_dict().items():
-        if name.endswith("experts.gate_up_proj"):
-            for number, both in enumerate(tensor):
-                for part, half in zip(("gate_proj", "up_proj"), both.chunk(2)):
-                    yield name.replace("gate_up_proj", f"{number}.{part}.weight"), half.contiguous()
-        elif name.endswith("experts.down_proj"):
-            for number, down in enumerate(tensor):
-                yield name.replace("down_proj", f"{number}.down_proj.weight"), down.contiguous()
-        else:
-            yield name, tensor
 
 
 def test_experts_are_packed_anew(pool: Pool, tmp_path: Path) -> None:
