@@ -47,6 +47,8 @@ CASES = {
     "ppo": ("ppo", "qwen2", []),
     "gad": ("gad", "llama", []),
     "mixture": ("grpo", "qwen3_moe", []),
+    "sdpo_mixture": ("sdpo", "mixtral", []),
+    "ppo_mixture": ("ppo", "qwen3_moe", []),
     "gspo": ("grpo", "qwen3", ["algorithm.name=gspo", "algorithm.clip_high=0.3", "algorithm.clip_low=0.3"]),
 }
 
@@ -76,7 +78,9 @@ MARKED = [("grpo", SHORT), *(pytest.param(case, ALL, marks=pytest.mark.full) for
 def test_every_cut_agrees(pool: Pool, prepared: tuple[str, list[str], str], names: list[str]) -> None:
     reference = Cut(name="reference", max_tokens=verify.WIDE)
     expected = pool.run(measure, 1, *prepared, reference)[0]
-    assert expected.loss != 0 and all(value.abs().max() > 0 for value in expected.named.values())
+    # To some experts the router sends nothing.
+    reached = [value.abs().max() > 0 for name, value in expected.named.items() if ".experts." not in name]
+    assert expected.loss != 0 and all(reached)
     experts = load_shape(prepared[2]).experts is not None
     chosen = [cut for cut in cuts(2, experts=experts) if experts or cut.name in names]
     assert experts or len(chosen) == len(names)
@@ -91,11 +95,11 @@ def measure_critic(config: str, overrides: list[str], directory: str, cut: Cut) 
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("prepared", ["ppo", "gad"], indirect=True)
+@pytest.mark.parametrize("prepared", ["ppo", "gad", "ppo_mixture"], indirect=True)
 def test_every_cut_of_a_critic_agrees(pool: Pool, prepared: tuple[str, list[str], str]) -> None:
     expected = pool.run(measure_critic, 1, *prepared, Cut(name="reference", max_tokens=verify.WIDE))[0]
     assert expected.loss != 0 and expected.named["score.weight"].abs().max() > 0
-    for cut in cuts(2):
+    for cut in cuts(2, experts=load_shape(prepared[2]).experts is not None):
         for found in pool.run(measure_critic, 2, *prepared, cut):
             apart = difference(found, expected)
             assert apart.loss < verify.TOLERANCE and apart.gradient < verify.TOLERANCE, (cut, apart)
