@@ -63,23 +63,18 @@ def load_state(optimizer: Any, state: dict[int, Any]) -> None:
 def wholes(part: Any, shard_of: ShardOf, *, loading: bool = False) -> Iterator[tuple[Parameter, Tensor]]:
     """Each parameter of a part of the optimizer with a tensor of its shape, which data-parallel ranks hold in shards.
 
-    Gathered bucket by bucket; `loading`: room for what is read. Collective. Experts are a part of their own, and those
-    ranks are the ones with the same experts.
+    Gathered one by one; `loading`: room for what is read. Collective. Experts are a part of their own, and those ranks
+    are the ones with the same experts.
     """
-    group = part.data_parallel_group
-    for buffer, bucket, ranges in _buckets(part):
-        shared, gathered = group.size() > 1, None
-        if shared and not loading:
-            gathered = _gathered(bucket, ranges, shard_of, group)
+    shared = part.data_parallel_group.size() > 1
+    for buffer, bucket in _buckets(part):
         for parameter in bucket.params_list:
-            # The bucket's own list of places leaves out the padding between parameters.
-            start, stop, _ = buffer.param_index_map[parameter]
             if not shared:
                 yield parameter, shard_of(parameter).view(parameter.shape)
-            elif gathered is None:
+            elif loading:
                 yield parameter, torch.empty(parameter.shape)
             else:
-                yield parameter, gathered[start - bucket.offset : stop - bucket.offset].view(parameter.shape)
+                yield parameter, _gathered(parameter, buffer, bucket, shard_of)
 
 
 def beside(part: Any, weights: dict[str, Any], prefix: str, shard_of: ShardOf, *, loading: bool) -> dict[int, Any]:
@@ -96,26 +91,28 @@ def beside(part: Any, weights: dict[str, Any], prefix: str, shard_of: ShardOf, *
 
 def take(part: Any, loaded: dict[int, Tensor], shard_of: ShardOf) -> None:
     """This rank's shards of what `beside` gave out, once it is loaded."""
-    order = (parameter for _, bucket, _ in _buckets(part) for parameter in bucket.params_list)
+    order = (parameter for _, bucket in _buckets(part) for parameter in bucket.params_list)
     held = {parameter: loaded[index] for index, parameter in enumerate(order)}
     for parameter, start, stop, _ in _shards(part):
         shard_of(parameter).copy_(held[parameter].view(-1)[start:stop])
 
 
-def _buckets(part: Any) -> Iterator[tuple[Any, Any, Any]]:
-    """Each gradient buffer and bucket of it, and which parameters' elements this rank holds of that."""
+def _buckets(part: Any) -> Iterator[tuple[Any, Any]]:
+    """Each bucket of a gradient buffer, which data-parallel ranks cut into equal shares, with its buffer."""
     part.init_state_fn(part.optimizer, part.config)
-    for buffer, by_dtype in zip(part.buffers, part.gbuf_ranges, strict=True):
-        (ranges,) = by_dtype.values()
-        for bucket, held in zip(buffer.buckets, ranges, strict=True):
-            yield buffer, bucket, held
+    for buffer in part.buffers:
+        for bucket in buffer.buckets:
+            yield buffer, bucket
 
 
 def _shards(part: Any) -> Iterator[Shard]:
-    for _, _, ranges in _buckets(part):
-        for parameter, where in ranges["param_map"].items():
-            tensors = part._get_main_param_and_optimizer_states(parameter)
-            yield Shard(parameter, where["param"].start, where["param"].end, tensors)
+    part.init_state_fn(part.optimizer, part.config)
+    for by_dtype in part.gbuf_ranges:
+        (ranges,) = by_dtype.values()
+        for held in ranges:
+            for parameter, where in held["param_map"].items():
+                tensors = part._get_main_param_and_optimizer_states(parameter)
+                yield Shard(parameter, where["param"].start, where["param"].end, tensors)
 
 
 def _names(part: Any) -> tuple[str, ...]:
@@ -127,11 +124,15 @@ def _held(part: Any, name: str) -> ShardOf:
     return lambda parameter: part._get_main_param_and_optimizer_states(parameter)[name]
 
 
-def _gathered(bucket: Any, ranges: Any, shard_of: ShardOf, group: dist.ProcessGroup) -> Tensor:
-    """One kind of tensor of a whole bucket, on every data-parallel rank."""
-    whole = torch.zeros_like(bucket.grad_data, dtype=torch.float32)
-    mine = whole.new_zeros(whole.numel() // group.size())
-    for parameter, where in ranges["param_map"].items():
-        mine[where["gbuf_local"].start : where["gbuf_local"].end] = shard_of(parameter)
-    dist.all_gather_into_tensor(whole, mine, group=group)
-    return whole
+def _gathered(parameter: Parameter, buffer: Any, bucket: Any, shard_of: ShardOf) -> Tensor:
+    """One kind of tensor of a parameter, on every data-parallel rank: each sends what lies in its share."""
+    group, share = buffer.data_parallel_group, bucket.grad_data.numel() // buffer.data_parallel_group.size()
+    # The bucket's own list of places leaves out the padding between parameters.
+    start, stop = (place - bucket.offset for place in buffer.param_index_map[parameter][:2])
+    whole = torch.empty(parameter.numel(), dtype=torch.float32, device=parameter.device)
+    for rank in range(start // share, (stop - 1) // share + 1):
+        piece = whole[max(start, rank * share) - start : min(stop, (rank + 1) * share) - start]
+        if rank == group.rank():
+            piece.copy_(shard_of(parameter))
+        dist.broadcast(piece, group=group, group_src=rank)
+    return whole.view(parameter.shape)
