@@ -2,8 +2,8 @@
 
 Each rank has a thread that writes a record of its progress (metrics/progress.py) into torchrun's store and reads the
 others'. A rank whose records stop coming is out of reach: killed, stopped, or its machine is gone. If records come and
-no rank has made progress, those that do not wait in a collective are the ones that hang. No clock is compared with that
-of another machine: a rank judges by when it saw a record change.
+no rank has made progress, those that do not wait in a collective are the ones that hang. If the store does not answer,
+this machine is cut off. No clock is compared with another machine's: a rank judges by when it saw a record change.
 """
 
 import json
@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch.distributed as dist
 
@@ -130,7 +130,11 @@ def waits(stack: traceback.StackSummary) -> bool:
 
 
 class Watchdog:
-    """This rank's thread. It neither keeps the process alive nor raises into it."""
+    """This rank's threads. They neither keep the process alive nor raise into it.
+
+    One judges. Another speaks with the store, and may do so for ever: once a request is on its way, torch's store waits
+    for the answer without a limit, as long as nothing closes the connection.
+    """
 
     def __init__(self, timeout_s: float, rank: int, ranks: int, store: dist.Store | None) -> None:
         self.rank, self.ranks, self.timeout_s = rank, ranks, timeout_s
@@ -139,27 +143,36 @@ class Watchdog:
         self._store, self._beat = store, 0
         self._main = threading.main_thread().ident
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._own = self._record()
+        self._heard: dict[int, Record] = {}
+        self._answered = time.monotonic()
+        tasks = [self._watch] if store is None else [self._watch, self._exchange]
+        self._threads = [threading.Thread(target=task, name="watchdog", daemon=True) for task in tasks]
 
     def start(self) -> None:
-        self._publish(self._record())
-        self._thread.start()
+        self._publish(self._own)
+        for thread in self._threads:
+            thread.start()
 
     def stop(self, *, done: bool) -> None:
-        """The thread ends. A rank that is `done` is not missed by the others."""
+        """The threads end. A rank that is `done` is not missed by the others."""
         self._ended.set()
-        self._thread.join(timeout=self.interval_s + 5.0)
-        if done and not self._thread.is_alive():
+        for thread in self._threads:
+            thread.join(timeout=self.interval_s + 5.0)
+        if done and not any(thread.is_alive() for thread in self._threads):
             with suppress(RuntimeError):  # the store may have gone before us, with the process that held it
                 self._publish(self._record()._replace(done=True))
 
     def _watch(self) -> None:
         while not self._ended.wait(self.interval_s):
-            record = self._record()
-            records = {self.rank: record} | self._exchange(record)
-            verdict = self.observer.observe(records, time.monotonic())
-            if verdict is not None and not self._ended.is_set():
-                self._end(verdict)
+            self._own = self._record()
+            now = time.monotonic()
+            verdict = self.observer.observe({**self._heard, self.rank: self._own}, now)
+            if verdict is None or self._ended.is_set():
+                continue
+            if self._store is not None and now - self._answered > self.timeout_s / 2:
+                self._end_cut_off(now - self._answered)
+            self._end(verdict)
 
     def _record(self) -> Record:
         self._beat += 1
@@ -175,16 +188,17 @@ class Watchdog:
         if self._store is not None:
             self._store.set(f"watchdog/{self.rank}", json.dumps(record))
 
-    def _exchange(self, record: Record) -> dict[int, Record]:
-        """Writes this rank's record and reads all; nothing where the store does not answer."""
-        if self._store is None:
-            return {}
-        try:
-            self._publish(record)
-            texts: Any = self._store.multi_get([f"watchdog/{rank}" for rank in range(self.ranks)])
-        except RuntimeError:
-            return {}
-        return {rank: Record(*json.loads(text)) for rank, text in enumerate(texts)}
+    def _exchange(self) -> None:
+        """Writes this rank's record and reads all, again and again."""
+        assert self._store is not None
+        while not self._ended.wait(self.interval_s):
+            try:
+                self._publish(self._own)
+                texts: Any = self._store.multi_get([f"watchdog/{rank}" for rank in range(self.ranks)])
+            except RuntimeError:
+                continue  # no answer, which counts by itself
+            self._heard = {rank: Record(*json.loads(text)) for rank, text in enumerate(texts)}
+            self._answered = time.monotonic()
 
     def _end(self, verdict: Verdict) -> None:
         """One rank speaks. It ends a little later than it speaks, and the others later than it could have spoken.
@@ -200,6 +214,31 @@ class Watchdog:
         for rank in silent:
             end_sibling(self.observer.known(rank))
         os._exit(HUNG)
+
+    def _end_cut_off(self, seconds: float) -> NoReturn:
+        """What goes on elsewhere is unknown here, so one rank of each machine speaks, and it ends with its torchrun."""
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            store = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+            what = f"rank {self.rank} has had no answer from torchrun's store at {store} for {seconds:.0f} s"
+            cause = "the network to that machine, or the machine, is gone"
+            print(
+                f"megatron-rl: {what}: {cause}; {progress.place} on {socket.gethostname()}; the run ends "
+                f"(run.hang_timeout_s={self.timeout_s:g})",
+                file=sys.stderr,
+                flush=True,
+            )
+        time.sleep(2 * self.interval_s)
+        end_torchrun()
+        os._exit(HUNG)
+
+
+def end_torchrun() -> None:
+    """Kills the torchrun that started this process.
+
+    It asks a store too, in torch 2.13 without a limit of time, and while it waits it sees no rank end and no SIGTERM.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        os.kill(os.getppid(), signal.SIGKILL)
 
 
 def end_sibling(record: Record) -> None:
