@@ -91,12 +91,13 @@ def test_feedback_of_the_cluster_example(response: str, remark: str | None) -> N
 def test_check_accepts_the_cluster_examples(
     name: str, micro_batches: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """As they stand, but for the model: a small one with a chat template and four groups of keys."""
+    """As they stand, but for the engine and the model: a small one with a chat template and four groups of keys."""
     pytest.importorskip("reasoning_gym")
     tiny_model(tmp_path, "qwen3", vocab_size=ascii_tokenizer(tmp_path))
     capsys.readouterr()
     monkeypatch.chdir(EXAMPLE.parents[1])
-    assert main(["check", f"examples/cluster/sdpo_qwen3_8b_{name}.yaml", f"model.path={tmp_path}"]) == 0
+    options = [f"model.path={tmp_path}", "rollout.engine=hf"]
+    assert main(["check", f"examples/cluster/sdpo_qwen3_8b_{name}.yaml", *options]) == 0
     said = capsys.readouterr()
     assert said.err == "" and "20000 rows to train on, 256 held out" in said.out
     assert "layout       tp=4 pp=1 vpp=1" in said.out and f"first update {micro_batches} micro" in said.out
