@@ -12,47 +12,68 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
+from megatron_rl.rewards.warden import die_with_parent
 from tests.dist.pool import Pool
 from tests.loop.test_trainers import QUICKSTART, ROOT, comparable, place, steps, train  # noqa: F401
 
 SFT = f"{QUICKSTART}/sft.yaml"
 OPTIONS = ["parallel.tp=2", "train.batch_size=8", "eval.limit=8", "optim.schedule=constant"]
 HANG_S = 6.0
-ADDRESSES = ("10.0.0.1/24", "10.0.0.2/24")
+ADDRESSES = {"node-a": "10.0.0.1/24", "node-b": "10.0.0.2/24"}
 
 
-def ip(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(["ip", *arguments], capture_output=True, text=True, check=True)
+class Host:
+    """A network namespace with a host name of its own. A process holds it, and dies with this one at the latest."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        hold = ["unshare", "--net", "--uts", "sh", "-c", f"hostname {name} && echo held && exec sleep infinity"]
+        self.holder = subprocess.Popen(
+            hold, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=die_with_parent
+        )
+        assert self.holder.stdout is not None and self.holder.stderr is not None
+        self.refused = "" if self.holder.stdout.readline() == "held\n" else self.holder.stderr.read().strip()
+
+    def inside(self, *command: str) -> list[str]:
+        return ["nsenter", f"--target={self.holder.pid}", "--net", "--uts", *command]
+
+    def ip(self, *arguments: str) -> None:
+        subprocess.run(self.inside("ip", *arguments), check=True)
+
+    def end(self) -> None:
+        """Ends all that runs there."""
+        with suppress(FileNotFoundError):
+            namespace = os.readlink(f"/proc/{self.holder.pid}/ns/net")
+            for process in psutil.pids():
+                with suppress(OSError):  # it has ended, or is a zombie
+                    if os.readlink(f"/proc/{process}/ns/net") == namespace:
+                        os.kill(process, signal.SIGKILL)
+        self.holder.communicate()
 
 
 @pytest.fixture
-def hosts() -> Iterator[list[str]]:
-    """The names of two network namespaces, whose interfaces eth0 are the ends of one cable."""
+def hosts() -> Iterator[list[Host]]:
+    """Two hosts, whose interfaces eth0 are the ends of one cable."""
     if shutil.which("ip") is None:
         pytest.skip("needs the command ip (Debian: iproute2)")
-    names = [f"megatron-rl-{os.getpid()}-{end}" for end in "ab"]
-    made = []
+    hosts = [Host(name) for name in ADDRESSES]
     try:
-        for name in names:
-            try:
-                ip("netns", "add", name)
-            except subprocess.CalledProcessError as error:
-                pytest.skip(f"needs the right to make network namespaces: {error.stderr.strip()}")
-            made.append(name)
-        ip("link", "add", "eth0", "netns", names[0], "type", "veth", "peer", "name", "eth0", "netns", names[1])
-        for name, address in zip(names, ADDRESSES, strict=True):
-            ip("-n", name, "addr", "add", address, "dev", "eth0")
-            for interface in ("lo", "eth0"):
-                ip("-n", name, "link", "set", interface, "up")
-        yield names
+        for host in hosts:
+            if host.refused:
+                pytest.skip(f"needs the right to make network namespaces: {host.refused}")
+        a, b = (str(host.holder.pid) for host in hosts)
+        subprocess.run(["ip", *f"link add eth0 netns {a} type veth peer name eth0 netns {b}".split()], check=True)
+        for host in hosts:
+            host.ip("addr", "add", ADDRESSES[host.name], "dev", "eth0")
+            host.ip("link", "set", "lo", "up")
+            host.ip("link", "set", "eth0", "up")
+        yield hosts
     finally:
-        for name in made:
-            for process in ip("netns", "pids", name).stdout.split():
-                with suppress(ProcessLookupError):
-                    os.kill(int(process), signal.SIGKILL)
-            ip("netns", "delete", name)
+        for host in hosts:
+            host.end()
 
 
 def documented_command(*options: str) -> str:
@@ -70,12 +91,11 @@ def documented_command(*options: str) -> str:
 
 
 class Node:
-    """The command on one host, which is called node-a or node-b, after the last letter of its namespace."""
+    """The command on one host, and what it says."""
 
-    def __init__(self, host: str, folder: Path, output: Path, *options: str) -> None:
-        self.out, self.err = (output / f"{host[-1]}.{stream}" for stream in ("out", "err"))
-        command = ["ip", "netns", "exec", host, "unshare", "--uts", "bash", "-c"]
-        command.append(f"hostname node-{host[-1]}\n{documented_command(*options)}")
+    def __init__(self, host: Host, folder: Path, output: Path, *options: str) -> None:
+        self.out, self.err = (output / f"{host.name}.{stream}" for stream in ("out", "err"))
+        command = host.inside("bash", "-c", documented_command(*options))
         with self.out.open("w") as out, self.err.open("w") as err:
             self.process = subprocess.Popen(command, cwd=folder, stdout=out, stderr=err)
 
@@ -86,7 +106,7 @@ class Node:
 def test_one_model_cut_between_two_hosts_is_the_one_that_one_host_trains(
     pool: Pool,
     place: Path,  # noqa: F811
-    hosts: list[str],
+    hosts: list[Host],
     tmp_path: Path,
 ) -> None:
     """To the last bit, the exported weights and every figure."""
@@ -103,7 +123,7 @@ def test_one_model_cut_between_two_hosts_is_the_one_that_one_host_trains(
 
 def test_a_cut_cable_is_reported_at_both_ends_and_ends_both(
     place: Path,  # noqa: F811
-    hosts: list[str],
+    hosts: list[Host],
     tmp_path: Path,
 ) -> None:
     """The store is on the first host; neither the rank on the second one nor its torchrun gets an answer from it."""
@@ -114,7 +134,7 @@ def test_a_cut_cable_is_reported_at_both_ends_and_ends_both(
     while not lines.exists() or lines.read_text().count("\n") < 3:
         assert all(node.process.poll() is None for node in nodes) and time.monotonic() < deadline
         time.sleep(0.1)
-    ip("-n", hosts[1], "link", "set", "eth0", "down")
+    hosts[1].ip("link", "set", "eth0", "down")
     cut = time.monotonic()
     codes = [node.process.wait(timeout=60) for node in nodes]
     # A sixth more than the timeout, and what torchrun needs to end on a busy machine.

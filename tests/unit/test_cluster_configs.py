@@ -1,4 +1,4 @@
-"""The configs for clusters, checked against models of the sizes that Qwen published; none of their weights is needed."""
+"""The configs for clusters, checked against models of the sizes that Qwen published, without their weights."""
 
 import json
 from pathlib import Path
