@@ -28,7 +28,7 @@ COPY megatron_rl /opt/megatron_rl/megatron_rl
 ENV PYTHONPATH=/opt/megatron_rl VLLM_SERVER_DEV_MODE=1
 RUN useradd --create-home --no-log-init --uid 10001 rl
 USER 10001
-WORKDIR /home/rl
+WORKDIR /tmp
 HEALTHCHECK --interval=30s --timeout=10s --start-period=15m \
     CMD ["python3", "-c", "from urllib.request import urlopen; urlopen('http://127.0.0.1:8000/health', timeout=5)"]
 ENTRYPOINT ["python3", "-m", "vllm.entrypoints.openai.api_server", \

@@ -137,8 +137,8 @@ def test_a_cut_cable_is_reported_at_both_ends_and_ends_both(
     hosts[1].ip("link", "set", "eth0", "down")
     cut = time.monotonic()
     codes = [node.process.wait(timeout=60) for node in nodes]
-    # A sixth more than the timeout, and what torchrun needs to end on a busy machine.
-    assert HANG_S / 2 < time.monotonic() - cut < HANG_S * 7 / 6 + 4
+    # A sixth more than the timeout, and what torchrun needs to end on a busy machine: a second on a quiet one.
+    assert HANG_S / 2 < time.monotonic() - cut < HANG_S * 7 / 6 + 10
     # Of a shell, or of what it has become.
     assert codes[0] == 1 and codes[1] in (-signal.SIGKILL, 128 + signal.SIGKILL)
     at_a, at_b = (node.verdicts() for node in nodes)
