@@ -25,8 +25,8 @@ install: venv ## The same as venv
 # that the CPU backend is tested with.
 $(STAMP): setup.py
 	@python=python3.11; $$python -c '' 2>/dev/null || python=python3; \
-	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
-		|| { echo "megatron_rl needs Python 3.11 or newer; $$python is $$($$python --version 2>&1). Install python3.11."; exit 1; }; \
+	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null \
+		|| { echo "megatron_rl needs Python 3.11 or 3.12; $$python is $$($$python --version 2>&1). Install python3.11."; exit 1; }; \
 	echo "creating $(VENV) with $$($$python --version); this takes a few minutes"; \
 	$$python -m venv $(VENV)
 	@nvidia-smi >/dev/null 2>&1 || $(PIP) 'torch==2.13.0'

@@ -185,7 +185,7 @@ def test_the_package_imports_nothing_heavy() -> None:
         ("{path}:f", {}, r"failed with RuntimeError: not today"),
         ("exact", {"answer_kee": "x"}, r"reward='exact' takes .*answer_key.*unexpected keyword argument 'answer_kee'"),
         ("regex", {"pattern": "("}, r"pattern='\(' is not a regular expression"),
-        ("regex", {}, r"missing a required argument: 'pattern'"),
+        ("regex", {}, r"missing a required (keyword-only )?argument: 'pattern'"),
     ],
 )
 def test_a_reward_that_cannot_start_is_an_error_at_once(
