@@ -1,5 +1,10 @@
 """The watchdog's judgement, with a clock that the test turns."""
 
+import os
+import re
+import signal
+import subprocess
+import sys
 import traceback
 
 import pytest
@@ -99,3 +104,46 @@ def test_what_waiting_looks_like(file: str, line: str, expected: bool) -> None:
     caller = traceback.FrameSummary("/x/run.py", 1, "run", line="train()")
     stack = traceback.StackSummary.from_list([caller, traceback.FrameSummary(file, 9, "f", line=line)])
     assert waits(stack) is expected
+
+
+STORE = """
+import sys, torch.distributed as dist
+store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+print(store.port, flush=True)
+sys.stdin.read()
+"""
+RANKS = """
+import os, time, torch.distributed as dist
+from megatron_rl.parallel.watchdog import Watchdog
+for rank in range(2):
+    store = dist.TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False)
+    Watchdog(1.2, rank, 2, store).start()
+print("started", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_rank_whose_store_does_not_answer_ends_with_what_started_it() -> None:
+    """The store's process is stopped; a shell stands for torchrun."""
+    store = subprocess.Popen([sys.executable, "-c", STORE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert store.stdout is not None
+    port = store.stdout.readline().strip()
+    names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "x", "LOCAL_RANK": "0"}
+    torchrun = subprocess.Popen(
+        ["sh", "-c", '"$0" -c "$1"; echo outlived', sys.executable, RANKS],
+        env=os.environ | names,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert torchrun.stdout is not None and torchrun.stdout.readline() == "started\n"
+        store.send_signal(signal.SIGSTOP)
+        out, errors = torchrun.communicate(timeout=30)
+    finally:
+        torchrun.kill()
+        store.kill()
+        store.communicate()
+    assert (torchrun.returncode, out) == (-signal.SIGKILL, "")
+    store_name = re.escape(f"torchrun's store at 127.0.0.1:{port}")
+    assert re.search(rf"^megatron-rl: rank [01] has had no answer from {store_name} for 1 s: .*; start-up on ", errors)
