@@ -146,4 +146,5 @@ def test_a_rank_whose_store_does_not_answer_ends_with_what_started_it() -> None:
         store.communicate()
     assert (torchrun.returncode, out) == (-signal.SIGKILL, "")
     store_name = re.escape(f"torchrun's store at 127.0.0.1:{port}")
-    assert re.search(rf"^megatron-rl: rank [01] has had no answer from {store_name} for 1 s: .*; start-up on ", errors)
+    line = rf"^megatron-rl: rank [01] has had no answer from {store_name} for 1 s: .*; start-up on "
+    assert re.search(line, errors, re.MULTILINE)
