@@ -1,5 +1,5 @@
 """The command line: `megatron-rl train|check|verify CONFIG [a.b=c ...]`, `megatron-rl eval MODEL [DATA] [a.b=c ...]`,
-`megatron-rl report RUN [OTHER]`."""
+`megatron-rl report RUN [OTHER]`, `megatron-rl slurm CONFIG [a.b=c ...] --nodes N`."""
 
 import argparse
 import sys
@@ -10,7 +10,7 @@ from megatron_rl import __version__
 from megatron_rl.config.load import Loaded, load, of_trainer
 from megatron_rl.config.rules import Config, ConfigError
 from megatron_rl.config.schema import EvaluationConfig
-from megatron_rl.launch import rank, torchrun
+from megatron_rl.launch import rank, slurm, torchrun
 from megatron_rl.types import RunError
 
 VERBS = {
@@ -19,12 +19,15 @@ VERBS = {
     "check": "say what `train` would do, and what is wrong, without training",
     "verify": "show that this config's gradient is the same under every layout that fits this machine",
     "report": "say what is wrong with a run, with its curves, or hold two runs against each other",
+    "slurm": "write the scripts of a job for a Slurm cluster, and submit them",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit code. A mistake of the user's is one line and exit code 2."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] == ["slurm"]:
+        return to_slurm(arguments[1:])
     parser = argparse.ArgumentParser(prog="megatron-rl", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="|".join(VERBS))
@@ -104,6 +107,15 @@ def report_on(runs: Sequence[Path], out: Path | None) -> int:
         return report(runs, out)
     except ValueError as error:
         return mistake(error)
+
+
+def to_slurm(arguments: Sequence[str]) -> int:
+    """Writes and submits jobs; the exit code. Options and overrides may stand in any order."""
+    try:
+        slurm.slurm(slurm.parser().parse_intermixed_args(arguments))
+    except ValueError as error:
+        return mistake(error)
+    return 0
 
 
 def mistake(error: Exception) -> int:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,24 @@ from megatron_rl.rollout.vllm.server import Launch
 from megatron_rl.types import Prompt, RolloutGroup
 from megatron_rl.workers.model_worker import ModelWorker
 from megatron_rl.workers.sharded_model import DTYPES, ShardedModel
+
+
+def longest(config: Config | EvaluationConfig) -> int:
+    """Tokens of a prompt and its answer, at most."""
+    return config.data.max_prompt_tokens + max(config.rollout.max_new_tokens, config.eval.max_new_tokens or 0)
+
+
+def server_options(config: Config | EvaluationConfig) -> dict[str, Any]:
+    """How a vLLM server is started that the config's trainer can use."""
+    rollout = config.rollout
+    return engine_options(
+        config.model.path,
+        dtype=DTYPES[config.model.dtype.value],
+        max_sequences=rollout.max_sequences,
+        max_tokens=longest(config),
+        kv_cache_gb=rollout.vllm.kv_cache_gb,
+        tp=rollout.vllm.tp,
+    )
 
 
 class Parts:
@@ -51,9 +70,8 @@ class Parts:
                 max_sequences=rollout.max_sequences,
             )
         tied = load_shape(config.model.path).tied
-        longest = config.data.max_prompt_tokens + max(rollout.max_new_tokens, config.eval.max_new_tokens or 0)
         if rollout.engine is EngineName.vllm_server:
-            return self._served(dtype, tied, longest)
+            return self._served(dtype, tied)
         from megatron_rl.rollout.vllm.engine import VLLMEngine  # late: vLLM is asked for
 
         return VLLMEngine(
@@ -63,24 +81,16 @@ class Parts:
             stop=self.stop,
             tied=tied,
             max_sequences=rollout.max_sequences,
-            max_tokens=longest,
+            max_tokens=longest(config),
             kv_cache_gb=rollout.vllm.kv_cache_gb,
             tp=rollout.vllm.tp,
             sleep=rollout.vllm.sleep,
         )
 
-    def _served(self, dtype: torch.dtype, tied: bool, longest: int) -> Engine:
+    def _served(self, dtype: torch.dtype, tied: bool) -> Engine:
         config, rollout, server = self.config, self.config.rollout, self.config.rollout.vllm.server
-        directory, tp = Path(config.run.dir), rollout.vllm.tp
+        directory, tp, options = Path(config.run.dir), rollout.vllm.tp, server_options(config)
         directory.mkdir(parents=True, exist_ok=True)
-        options = engine_options(
-            config.model.path,
-            dtype=dtype,
-            max_sequences=rollout.max_sequences,
-            max_tokens=longest,
-            kv_cache_gb=rollout.vllm.kv_cache_gb,
-            tp=tp,
-        )
         own = [
             Launch(
                 options=options,

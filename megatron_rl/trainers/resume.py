@@ -34,6 +34,11 @@ FREE = (
     "reward.workers",
     "rollout.max_sequences",
     "rollout.parity_",
+    "rollout.vllm.server.exchange",
+    "rollout.vllm.server.gpus",
+    "rollout.vllm.server.host",
+    "rollout.vllm.server.python",
+    "rollout.vllm.server.urls",
     "run.",
     "train.max_tokens_per_micro_batch",
 )
