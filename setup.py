@@ -17,7 +17,9 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["megatron_rl", "megatron_rl.*"]),
-    package_data={"megatron_rl": ["py.typed", "config/*.yaml", "report/*.yaml", "report/*.j2", "launch/templates/*.sbatch"]},
+    package_data={
+        "megatron_rl": ["py.typed", "config/*.yaml", "report/*.yaml", "report/*.j2", "launch/templates/*.sbatch"]
+    },
     install_requires=[
         "torch>=2.9",
         "megatron-core>=0.16.1,<0.17",

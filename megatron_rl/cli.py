@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.verb == "check":
         return 0
     count = torchrun.processes(loaded.config.parallel) if options.verb != "verify" else torchrun.ranks_of_machine()
-    if count > 1 and not torchrun.under_torchrun():
+    if (count > 1 or torchrun.is_one_of_many()) and not torchrun.under_torchrun():
         return torchrun.launch(count, arguments)
     rank.enter(stops_gracefully=options.verb in ("train", "eval"))
     try:

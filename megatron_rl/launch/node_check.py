@@ -99,9 +99,7 @@ def look_at_node(place: Place, device: str, ranks_per_node: int, command: str, t
             return f"GPU {place.local_rank} computes wrongly"
     if command and place.local_rank == 0:
         try:
-            done = subprocess.run(
-                command, shell=True, capture_output=True, text=True, timeout=timeout_s, check=False
-            )
+            done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=timeout_s, check=False)
         except subprocess.TimeoutExpired:
             return f"{command!r} did not end within {timeout_s:g} s"
         if done.returncode:
@@ -162,6 +160,11 @@ def culprits(well: Mapping[Edge, bool]) -> set[int]:
     return {node for edge in well for node, other in (edge, edge[::-1]) if node not in good and other in good}
 
 
+def blamed(bad: set[int], nodes: int) -> set[int]:
+    """Where all of several nodes have a fault, it is the job's or the site's and not theirs."""
+    return bad if nodes == 1 or len(bad) < nodes else set()
+
+
 def try_pairs(check: Check, device: str, ranks_per_node: int, timeout_s: float) -> set[int]:
     """The nodes to blame for an all-reduce that fails. All ranks take part."""
     place, well = check.place, {}
@@ -195,7 +198,7 @@ def examine(check: Check, options: argparse.Namespace) -> tuple[dict[int, str], 
 
     for name, look in {"the node": own, "the shared folder": shared}.items():
         if faults := check.stage(name, look):
-            return faults, {rank // per_node for rank in faults}
+            return faults, blamed({rank // per_node for rank in faults}, place.ranks // per_node)
     faults = check.stage("the all-reduce", reduced)
     return faults, try_pairs(check, device, per_node, timeout_s) if faults else set()
 

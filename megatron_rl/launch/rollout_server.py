@@ -1,12 +1,12 @@
 """One of the servers that a job's config names in `rollout.vllm.server.urls`. `srun` starts this once for each.
 
-    python -m megatron_rl.launch.rollout_server CONFIG a.b=c ...
+python -m megatron_rl.launch.rollout_server CONFIG a.b=c ...
 """
 
 import os
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 from urllib.parse import urlsplit

@@ -140,24 +140,26 @@ def submit(script: Path, *options: str) -> str:
 
 def element(options: argparse.Namespace, given: list[str]) -> Element:
     """One training, its config checked as it will be: with servers somewhere, if it is to have some."""
+    config = load_config(options.config, given)
     if not options.rollout_nodes:
-        return Element(load_config(options.config, given), given)
-    config = load_config(options.config, [*given, "rollout.vllm.server.urls=[http://node:8000]"])
-    if config.rollout.engine is not EngineName.vllm_server:
-        engine = config.rollout.engine.value
-        raise ConfigError(f"--rollout-nodes={options.rollout_nodes} needs rollout.engine=vllm_server, not {engine}")
-    if load_config(options.config, given).rollout.vllm.server.urls:
+        return Element(config, given)
+    rollout = config.rollout
+    if rollout.engine is not EngineName.vllm_server:
+        raise ConfigError(
+            f"--rollout-nodes={options.rollout_nodes} needs rollout.engine=vllm_server, not {rollout.engine.value}"
+        )
+    if rollout.vllm.server.urls:
         raise ConfigError("rollout.vllm.server.urls and --rollout-nodes both name servers: remove one of them")
-    if options.ranks_per_node % config.rollout.vllm.tp:
+    if options.ranks_per_node % rollout.vllm.tp:
         raise ConfigError(
             f"--ranks-per-node={options.ranks_per_node} GPUs of a rollout node cannot be shared out among servers of "
-            f"rollout.vllm.tp={config.rollout.vllm.tp}: it must divide them"
+            f"rollout.vllm.tp={rollout.vllm.tp}: it must divide them"
         )
-    return Element(config, given)
+    return Element(load_config(options.config, [*given, "rollout.vllm.server.urls=[http://node:8000]"]), given)
 
 
 def sweep(options: argparse.Namespace, overrides: Sequence[str]) -> Iterable[Element]:
-    """The trainings of a sweep, as in tools/sweep.py: every case with every seed, each in a run directory of its own."""
+    """The trainings of a sweep, as in tools/sweep.py: every case with every seed, each in a run directory."""
     path = options.sweep
     try:
         held = yaml.safe_load(path.read_text())

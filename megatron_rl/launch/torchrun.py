@@ -35,6 +35,11 @@ def is_checked() -> bool:
     return CHECKED in os.environ or not is_first()
 
 
+def is_one_of_many() -> bool:
+    """Whether who started this process has told it, in torchrun's own variables, to start the ranks of one node."""
+    return "PET_NNODES" in os.environ
+
+
 def processes(parallel: ParallelConfig) -> int:
     """How many processes a layout needs; an open data-parallel size is the least that the experts' cut allows."""
     stage = parallel.tp * parallel.dp if parallel.dp else math.lcm(parallel.tp, parallel.ep * parallel.etp)
@@ -51,6 +56,7 @@ def ranks_of_machine() -> int:
 def launch(count: int, arguments: Sequence[str]) -> int:
     """Runs this command in `count` processes on this node; returns the exit code of the first that fails, or 0.
 
+    One node of many starts as many as its `PET_NPROC_PER_NODE` says, and torchrun reads where they meet the others'.
     A process that a signal ended counts as 128 + the signal, as in a shell; so does a signal that ends this one.
     SIGTERM and SIGUSR1 are passed on to the ranks, which decide; a second one ends all at once.
     """
@@ -59,10 +65,12 @@ def launch(count: int, arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
+    count = int(os.environ["PET_NPROC_PER_NODE"]) if is_one_of_many() else count
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // count)))
     os.environ[CHECKED] = str(os.getpid())
-    command = ["--standalone", f"--nproc-per-node={count}", "--signals-to-handle=SIGINT,SIGHUP,SIGQUIT", "--no-python"]
+    alone = [] if is_one_of_many() else ["--standalone", f"--nproc-per-node={count}"]
+    command = [*alone, "--signals-to-handle=SIGINT,SIGHUP,SIGQUIT", "--no-python"]
     command += [sys.executable, "-u", "-m", "megatron_rl", *arguments]
     with tempfile.TemporaryDirectory(prefix="megatron_rl-") as folder, Messenger(Path(folder)) as messenger:
         os.environ[NOTES] = folder

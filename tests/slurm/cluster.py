@@ -1,4 +1,4 @@
-"""A real Slurm on this machine: one controller, two nodes of it, a low and a high partition. All of it in one folder."""
+"""A real Slurm on this machine: one controller, two nodes, a low and a high partition, all in one folder."""
 
 import os
 import shutil
@@ -99,7 +99,9 @@ class Cluster:
             for name in NODES:
                 (self.folder / f"spool.{name}").mkdir()
                 self.run("slurmd", "-N", name, "-f", self.environment["SLURM_CONF"])
-            self.wait(lambda: self.run("sinfo", "-h", "-N", "-p", "low", "-t", "idle", "-o", "%N").split() == [*NODES], 30)
+            self.wait(
+                lambda: self.run("sinfo", "-h", "-N", "-p", "low", "-t", "idle", "-o", "%N").split() == [*NODES], 30
+            )
         except BaseException:
             self.__exit__()
             raise
@@ -143,6 +145,7 @@ class Cluster:
             assert job["JobState"] not in ENDED, f"job {number} ended as {job['JobState']}\n{self.said(number)}"
             assert time.monotonic() < deadline, f"job {number} is {job['JobState']}\n{self.said(number)}"
             if job["JobState"] == "PENDING" and job["Reason"] == "BeginTime":
+                time.sleep(2)  # a node starts no job with the credential of the second in which it ended it
                 self.run("scontrol", "update", f"JobId={number}", "StartTime=now")
             time.sleep(0.2)
         return job

@@ -11,7 +11,7 @@ from tests.loop.test_trainers import QUICKSTART, command, comparable, place, ste
 from tests.slurm.cluster import Cluster
 
 SFT = f"{QUICKSTART}/sft.yaml"
-OPTIONS = ["train.steps=40", "train.batch_size=64", "eval.every=0", "eval.limit=20"]
+OPTIONS = ["train.steps=60", "train.batch_size=64", "eval.every=0", "eval.limit=20"]
 TWO_NODES = ["--device=cpu", "--nodes=2", "--ranks-per-node=1"]
 
 
@@ -40,3 +40,105 @@ def test_two_nodes_train_one_model(cluster: Cluster, place: Path, alone: Path) -
     cluster.wait_until(job, "COMPLETED")
     print(cluster.said(job))
     assert_same(place / "runs" / "two", alone)
+
+
+def started(cluster: Cluster, job: str, run: Path) -> None:
+    """Waits until the run is in the midst of its steps."""
+    lines = run / "metrics.jsonl"
+    cluster.wait(lambda: lines.exists() and lines.read_text().count("\n") > 4, 120)
+    assert cluster.job(job)["JobState"] == "RUNNING"
+
+
+def test_asked_to_stop_it_saves_and_goes_on(cluster: Cluster, place: Path, alone: Path) -> None:  # noqa: F811
+    """As before its time limit. The evaluation waits for the end of the second attempt."""
+    data = "runs/quickstart/data/heldout.jsonl"
+    run = place / "runs" / "asked"
+    job, evaluation = submit(
+        cluster, place, *TWO_NODES, f"--evaluate={data}", "parallel.tp=2", *OPTIONS, f"run.dir={run}"
+    )
+    started(cluster, job, run)
+    cluster.run("scancel", "--signal=USR1", "--batch", job)
+    assert cluster.wait_until(job, "COMPLETED")["Restarts"] == "1"
+    said = cluster.said(job)
+    assert said.count("megatron-rl: asked to stop\n") == said.count("megatron-rl: queued again\n") == 1
+    (log,) = (run / "slurm").glob(f"sft-{job}/attempt-0/train-0.log")
+    assert "megatron-rl: stopped by SIGUSR1 after step" in log.read_text()
+    assert_same(run, alone)
+    cluster.wait_until(evaluation, "COMPLETED")
+    (report,) = (run / "eval").glob("*/summary.json")
+    assert json.loads(report.read_text())["val/accuracy"] == steps(alone)[-1]["val/accuracy"]
+
+
+def test_it_makes_room_and_goes_on(cluster: Cluster, place: Path, alone: Path) -> None:  # noqa: F811
+    run = place / "runs" / "preempted"
+    (job,) = submit(cluster, place, *TWO_NODES, "--partition=low", "parallel.tp=2", *OPTIONS, f"run.dir={run}")
+    started(cluster, job, run)
+    wanted = ["--nodes=2", "--exclusive", "--partition=high", "--output=/dev/null", "--wrap=srun sleep 1"]
+    other = cluster.run("sbatch", "--parsable", *wanted)
+    cluster.wait_until(other, "COMPLETED")
+    assert len(steps(run)) < len(steps(alone))
+    assert cluster.wait_until(job, "COMPLETED")["Restarts"] == "1"
+    assert_same(run, alone)
+
+
+def test_an_array_trains_the_cases_of_a_sweep(cluster: Cluster, place: Path) -> None:  # noqa: F811
+    """Each in its own directory and with its own options, side by side."""
+    cases = {"slow": ["optim.lr=1e-3"], "fast": ["optim.lr=4e-3", "train.steps=3"]}
+    (place / "sweep.json").write_text(json.dumps({"cases": cases}))
+    one_node = ["--device=cpu", "--ranks-per-node=1", "--sweep=sweep.json", "--job-name=sweep"]
+    options = ["train.batch_size=8", "eval.limit=2", "optim.schedule=constant", "optim.warmup_steps=0"]
+    (job,) = submit(cluster, place, *one_node, "train.steps=2", "run.dir=runs/sweep", *options)
+    for number in range(2):
+        cluster.wait_until(f"{job}_{number}", "COMPLETED")
+    rows = {case: steps(place / "runs" / "sweep" / case) for case in cases}
+    assert [len(rows[case]) for case in cases] == [3, 3]
+    assert [rows[case][-1]["actor/lr"] for case in cases] == [1e-3, 4e-3]
+
+
+def test_a_bad_node_is_left_out(cluster: Cluster, place: Path) -> None:  # noqa: F811
+    """The job moves to the other node."""
+    (place / "site.sh").write_text("PREFLIGHT_COMMAND='test \"$SLURMD_NODENAME\" != n1 || { echo worn out; false; }'\n")
+    options = ["train.steps=1", "train.batch_size=8", "eval.limit=2", "run.dir=runs/moved"]
+    (job,) = submit(cluster, place, "--device=cpu", "--ranks-per-node=1", "--site=site.sh", *options)
+    last = cluster.wait_until(job, "COMPLETED")
+    said = cluster.said(job)
+    assert "megatron-rl: preflight: n1: rank 0: " in said and "ended with 1: worn out\n" in said
+    assert "megatron-rl: preflight leaves out n1\n" in said
+    assert (last["Restarts"], last["ExcNodeList"], last["NodeList"]) == ("1", "n1", "n2")
+    assert len(steps(place / "runs" / "moved")) == 2
+
+
+def test_a_bad_node_of_two_is_told_from_the_good_one(cluster: Cluster, place: Path) -> None:  # noqa: F811
+    (place / "second.sh").write_text("PREFLIGHT_COMMAND='test \"$SLURMD_NODENAME\" != n2'\n")
+    (job,) = submit(cluster, place, *TWO_NODES, "--site=second.sh", "parallel.tp=2", "run.dir=runs/never")
+    cluster.wait(lambda: cluster.job(job)["ExcNodeList"] == "n2", 60)
+    cluster.run("scancel", job)
+    assert "megatron-rl: preflight: n2: rank 1: 'test " in cluster.said(job)
+    assert not (place / "runs" / "never" / "metrics.jsonl").exists()
+
+
+# In place of an interpreter that has vLLM.
+STAND_IN = """#!/bin/sh
+echo "$SLURMD_NODENAME" "$@" >"servers/$SLURM_PROCID"
+"""
+
+
+def test_servers_have_nodes_of_their_own(cluster: Cluster, place: Path) -> None:  # noqa: F811
+    """A stand-in notes where it is started and how. The trainer, here of demonstrations, is told of all of them."""
+    (place / "servers").mkdir()
+    (place / "vllm").write_text(STAND_IN)
+    (place / "vllm").chmod(0o755)
+    options = ["train.steps=1", "train.batch_size=8", "data.val=null", "run.dir=runs/served", "parallel.tp=2"]
+    server = ["engine=vllm_server", "vllm.server.python=./vllm", "vllm.server.broadcast=true"]
+    nodes = ["--device=cpu", "--ranks-per-node=2", "--rollout-nodes=1"]
+    (job,) = submit(cluster, place, *nodes, *options, *(f"rollout.{option}" for option in server))
+    cluster.wait_until(job, "COMPLETED")
+    port = 20000 + int(job) % 1000 * 10 + 2
+    told = (place / "runs" / "served" / "config.yaml").read_text()
+    for number in range(2):
+        assert f"- http://127.0.0.1:{port + number}\n" in told
+        node, *flags = (place / "servers" / str(number)).read_text().split()
+        assert (node, flags[:2]) == ("n2", ["-m", "vllm.entrypoints.openai.api_server"])
+        assert flags[flags.index("--port") + 1] == str(port + number)
+        assert flags[flags.index("--model") + 1] == "runs/quickstart/base"
+    assert "n1" in (place / "runs" / "served" / "slurm" / f"sft-{job}.log").read_text()
