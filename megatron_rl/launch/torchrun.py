@@ -26,8 +26,10 @@ def under_torchrun() -> bool:
 
 
 def is_first() -> bool:
-    """Whether this process speaks for all: the only one, or rank 0."""
-    return os.environ.get("RANK", "0") == "0"
+    """Whether this process speaks for all: the only one, rank 0, or what starts the ranks of the first node."""
+    if "RANK" in os.environ:
+        return os.environ["RANK"] == "0"
+    return "is_host=0" not in os.environ.get("PET_RDZV_CONF", "")
 
 
 def is_checked() -> bool:

@@ -5,9 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from safetensors.torch import load_file
 
-from tests.loop.test_trainers import QUICKSTART, command, comparable, place, steps  # noqa: F401
+from tests.loop.test_trainers import QUICKSTART, command, comparable, place, steps, warm_start  # noqa: F401
 from tests.slurm.cluster import Cluster
 
 SFT = f"{QUICKSTART}/sft.yaml"
@@ -49,6 +50,11 @@ def started(cluster: Cluster, job: str, run: Path) -> None:
     assert cluster.job(job)["JobState"] == "RUNNING"
 
 
+def printed(run: Path, job: str) -> str:
+    """What the nodes of the first attempt printed; any of them may have rank 0."""
+    return "".join(path.read_text() for path in (run / "slurm").glob(f"sft-{job}/attempt-0/train-*.log"))
+
+
 def test_asked_to_stop_it_saves_and_goes_on(cluster: Cluster, place: Path, alone: Path) -> None:  # noqa: F811
     """As before its time limit. The evaluation waits for the end of the second attempt."""
     data = "runs/quickstart/data/heldout.jsonl"
@@ -61,8 +67,7 @@ def test_asked_to_stop_it_saves_and_goes_on(cluster: Cluster, place: Path, alone
     assert cluster.wait_until(job, "COMPLETED")["Restarts"] == "1"
     said = cluster.said(job)
     assert said.count("megatron-rl: asked to stop\n") == said.count("megatron-rl: queued again\n") == 1
-    (log,) = (run / "slurm").glob(f"sft-{job}/attempt-0/train-0.log")
-    assert "megatron-rl: stopped by SIGUSR1 after step" in log.read_text()
+    assert "megatron-rl: stopped by SIGUSR1 after step" in printed(run, job)
     assert_same(run, alone)
     cluster.wait_until(evaluation, "COMPLETED")
     (report,) = (run / "eval").glob("*/summary.json")
@@ -142,3 +147,34 @@ def test_servers_have_nodes_of_their_own(cluster: Cluster, place: Path) -> None:
         assert flags[flags.index("--port") + 1] == str(port + number)
         assert flags[flags.index("--model") + 1] == "runs/quickstart/base"
     assert "n1" in (place / "runs" / "served" / "slurm" / f"sft-{job}.log").read_text()
+
+
+@pytest.mark.full
+def test_a_real_time_limit(cluster: Cluster, place: Path) -> None:  # noqa: F811
+    """Slurm itself asks the run to stop, and later than a minute before the limit at the earliest."""
+    options = ["parallel.tp=2", "train.steps=400", "eval.every=0", "eval.limit=2", "run.dir=runs/limited"]
+    (job,) = submit(cluster, place, *TWO_NODES, "--time=2", "--stop-before=45", *options)
+    cluster.wait(lambda: cluster.job(job)["Restarts"] == "1", 200)
+    assert "megatron-rl: stopped by SIGUSR1 after step" in printed(place / "runs" / "limited", job)
+    last = int(cluster.wait_until(job, "COMPLETED", 1200)["Restarts"])
+    assert 1 <= last < 10 and [row["step"] for row in steps(place / "runs" / "limited")] == list(range(401))
+
+
+@pytest.mark.full
+def test_the_settings_of_ema_as_an_array(cluster: Cluster, place: Path, warm_start: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Every setting in its own run, and each is what it is without Slurm; here one of them is compared."""
+    sweep = yaml.safe_load((QUICKSTART.parents[1] / "tools" / "sweeps" / "ema.yaml").read_text())
+    cases = {case: options for case, options in sweep["cases"].items() if case != "gspo"}
+    grpo = f"{QUICKSTART}/grpo.yaml"
+    kept = {"cases": cases, "options": sweep["options"], "seeds": [1]}
+    (tmp_path / "ema.yaml").write_text(yaml.safe_dump(kept))
+    arguments = ["--device=cpu", "--ranks-per-node=2", f"--sweep={tmp_path}/ema.yaml", "--submit", "run.dir=runs/ema"]
+    job = cluster.run(sys.executable, "-m", "megatron_rl", "slurm", grpo, *arguments, cwd=place)
+    for number in range(6):
+        cluster.wait_until(f"{job}_{number}", "COMPLETED", 1800)
+    runs = [place / "runs" / "ema" / f"{case.replace(' ', '_')}_1" for case in cases]
+    assert len({json.dumps(comparable(steps(run)[-1])) for run in runs}) == 6
+    options = [*sweep["options"], *cases["beta 0.9"], "train.seed=1", "run.dir=runs/ema/alone"]
+    done = command("train", grpo, *options, cwd=place)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_same(place / "runs" / "ema" / "beta_0.9_1", place / "runs" / "ema" / "alone")

@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.cli import main
+from megatron_rl.config.load import load_config
 from megatron_rl.launch.node_check import blamed, culprits, rounds
 from megatron_rl.launch.slurm import seconds
+from megatron_rl.launch.torchrun import is_first, is_one_of_many
+from megatron_rl.trainers.resume import FREE
 
 ROOT = Path(__file__).parents[2]
 GRPO = str(ROOT / "examples" / "cluster" / "sdpo_qwen3_8b_sibling.yaml")
@@ -114,6 +117,36 @@ def test_words_reach_the_command_as_they_are(place: Path) -> None:
     (line,) = [line for line in text.splitlines() if line.startswith("overrides=(")]
     shown = subprocess.run(["bash", "-c", f'{line}; printf %s "${{overrides[0]}}"'], capture_output=True, text=True)
     assert shown.stdout == "data.prompt_key=a $b 'c'"
+
+
+def test_servers_share_the_gpus_of_their_node() -> None:
+    from megatron_rl.launch.rollout_server import own_launch
+
+    urls = [f"http://10.0.0.{node}:{port}" for node in (7, 8) for port in (20012, 20013)]
+    config = load_config(GRPO, [*SERVERS, f"rollout.vllm.server.urls=[{','.join(urls)}]"])
+    place = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
+    launch, port = own_launch(config, place | {"SLURM_GPUS_ON_NODE": "4"})
+    assert (launch.host, port, launch.gpus) == ("10.0.0.8", 20013, (2, 3))
+    flags = launch.command(port)
+    # A prompt of 1024 tokens and an answer of 2048.
+    for flag, value in {"--max-model-len": "3072", "--tensor-parallel-size": "2", "--dtype": "bfloat16"}.items():
+        assert flags[flags.index(flag) + 1] == value
+    assert own_launch(config, place)[0].gpus == ()
+
+
+def test_a_run_goes_on_with_servers_elsewhere() -> None:
+    """Their addresses, which another attempt has others of, are no part of the mathematics."""
+    assert "rollout.vllm.server.urls".startswith(FREE) and not "rollout.vllm.server.ahead".startswith(FREE)
+
+
+def test_the_first_node_speaks_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    assert is_first() and not is_one_of_many()
+    monkeypatch.setenv("PET_NNODES", "2")
+    monkeypatch.setenv("PET_RDZV_CONF", "is_host=1")
+    assert is_first() and is_one_of_many()
+    monkeypatch.setenv("PET_RDZV_CONF", "is_host=0")
+    assert not is_first()
 
 
 MISTAKES = [
