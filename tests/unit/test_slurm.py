@@ -222,7 +222,7 @@ def check_nodes(folder: Path, environments: list[dict[str, str]], *options: str)
         probe.bind(("127.0.0.1", 0))
         head = f"127.0.0.1:{probe.getsockname()[1]}"
     command = [sys.executable, "-m", "megatron_rl.launch.node_check", f"--head={head}", "--ranks-per-node=1"]
-    command += [f"--folder={folder}", "--timeout=12", *options, "--hosts", *"abc"[: len(environments)]]
+    command += [f"--folder={folder}", "--timeout=10", *options, "--hosts", *"abc"[: len(environments)]]
     started = []
     for rank, own in enumerate(environments):
         place = {"PROCID": rank, "NTASKS": len(environments), "NODEID": rank, "LOCALID": 0}
