@@ -71,7 +71,8 @@ def test_asked_to_stop_it_saves_and_goes_on(cluster: Cluster, place: Path, alone
     assert_same(run, alone)
     cluster.wait_until(evaluation, "COMPLETED")
     (report,) = (run / "eval").glob("*/summary.json")
-    assert json.loads(report.read_text())["val/accuracy"] == steps(alone)[-1]["val/accuracy"]
+    figures, last = json.loads(report.read_text())["val"]["figures"], steps(alone)[-1]
+    assert figures == {name: last[name] for name in figures} and "val/accuracy" in figures
 
 
 def test_it_makes_room_and_goes_on(cluster: Cluster, place: Path, alone: Path) -> None:  # noqa: F811
@@ -84,6 +85,17 @@ def test_it_makes_room_and_goes_on(cluster: Cluster, place: Path, alone: Path) -
     assert len(steps(run)) < len(steps(alone))
     assert cluster.wait_until(job, "COMPLETED")["Restarts"] == "1"
     assert_same(run, alone)
+
+
+def test_a_cancelled_job_does_not_come_back(cluster: Cluster, place: Path) -> None:  # noqa: F811
+    """Though it is asked to stop as well, and saves if there is time."""
+    run = place / "runs" / "cancelled"
+    options = ["train.steps=10000", "eval.every=0", "eval.limit=2", "optim.schedule=constant", f"run.dir={run}"]
+    (job,) = submit(cluster, place, "--device=cpu", "--ranks-per-node=1", *options)
+    started(cluster, job, run)
+    cluster.run("scancel", job)
+    cluster.wait(lambda: not cluster.run("squeue", "-h", "-j", job), 60)
+    assert (cluster.job(job)["JobState"], cluster.job(job)["Restarts"]) == ("CANCELLED", "0")
 
 
 def test_an_array_trains_the_cases_of_a_sweep(cluster: Cluster, place: Path) -> None:  # noqa: F811
