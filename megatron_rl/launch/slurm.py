@@ -40,11 +40,21 @@ class Element:
         return self.config.run.dir
 
     @property
+    def last_step(self) -> int:
+        steps, stop = self.config.train.steps, self.config.run.stop_after
+        return min(steps, stop or steps)
+
+    @property
     def last_checkpoint(self) -> str:
         """The name of the checkpoint with which it is done."""
         from megatron_rl.checkpoint.store import name_of  # late: it takes torch
 
-        return name_of(self.config.train.steps)
+        return name_of(self.last_step)
+
+    @property
+    def result(self) -> str:
+        """The folder of the run directory that is there then: a run that ends before its last step exports nothing."""
+        return "hf" if self.last_step == self.config.train.steps else "checkpoints"
 
 
 def parser() -> argparse.ArgumentParser:

@@ -165,8 +165,8 @@ def test_servers_have_nodes_of_their_own(cluster: Cluster, place: Path) -> None:
 def test_a_real_time_limit(cluster: Cluster, place: Path) -> None:  # noqa: F811
     """Slurm itself asks the run to stop, and later than a minute before the limit at the earliest."""
     options = ["parallel.tp=2", "train.steps=400", "eval.every=0", "eval.limit=2", "run.dir=runs/limited"]
-    (job,) = submit(cluster, place, *TWO_NODES, "--time=2", "--stop-before=45", *options)
-    cluster.wait(lambda: cluster.job(job)["Restarts"] == "1", 200)
+    (job,) = submit(cluster, place, *TWO_NODES, "--time=3", "--stop-before=45", *options)
+    cluster.wait(lambda: cluster.job(job)["Restarts"] == "1", 240)
     assert "megatron-rl: stopped by SIGUSR1 after step" in printed(place / "runs" / "limited", job)
     last = int(cluster.wait_until(job, "COMPLETED", 1200)["Restarts"])
     assert 1 <= last < 10 and [row["step"] for row in steps(place / "runs" / "limited")] == list(range(401))

@@ -95,7 +95,7 @@ def test_servers_are_more_nodes_and_the_evaluation_has_none(place: Path) -> None
 def test_an_array_has_an_element_for_each_case_and_seed(place: Path) -> None:
     text = scripts(*VARIANTS["sweep"], "train.steps=7")["train.sbatch"]
     assert header(text)["array"] == "0-3"
-    # The shell's own reading of the third element.
+    # The shell's own reading of the last one.
     case = text[text.index("case $SLURM") : text.index("esac") + 4]
     shown = subprocess.run(
         [
