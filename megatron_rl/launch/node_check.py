@@ -57,7 +57,11 @@ class Check:
     def stage(self, name: str, look: Callable[[], str | None]) -> dict[int, str]:
         """What is wrong, by rank, for every rank to read; who reports nothing in time is wrong."""
         store, place = dist.PrefixStore(name, self.store), self.place
-        store.set(f"rank {place.rank}", look() or WELL)
+        try:
+            fault = look()
+        except (RuntimeError, OSError) as error:  # of CUDA, or of the filesystem
+            fault = f"{type(error).__name__}: {error}"
+        store.set(f"rank {place.rank}", fault or WELL)
         if place.rank == 0:
             faults = self._collect(store, name)
             store.set("faults", "\n".join(f"{rank} {fault}" for rank, fault in faults.items()))
@@ -136,12 +140,10 @@ def all_reduce(store: dist.Store, rank: int, size: int, device: str, timeout_s: 
         total = torch.full((ELEMENTS,), rank + 1.0, device="cuda" if device == "gpu" else "cpu")
         dist.all_reduce(total)
         wrong = int((total != size * (size + 1) / 2).sum())
-    except RuntimeError as error:
-        return f"all-reduce of {size} ranks: {error}"
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    return f"all-reduce of {size} ranks: {wrong} of {ELEMENTS} sums are wrong" if wrong else None
+    return f"{wrong} of {ELEMENTS} sums over {size} ranks are wrong" if wrong else None
 
 
 def rounds(nodes: int) -> list[list[Edge]]:
