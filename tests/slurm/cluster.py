@@ -138,7 +138,7 @@ class Cluster:
             assert time.monotonic() < deadline, f"not within {seconds:g} s:\n{self.run('squeue')}"
             time.sleep(0.2)
 
-    def wait_until(self, number: str, state: str, seconds: float = 120) -> dict[str, str]:
+    def wait_until(self, number: str, state: str, seconds: float = 300) -> dict[str, str]:
         """Until the job is in a state, and no longer; a requeued one need not sit out Slurm's two minutes."""
         deadline = time.monotonic() + seconds
         while (job := self.job(number))["JobState"] != state:

@@ -46,7 +46,7 @@ def test_two_nodes_train_one_model(cluster: Cluster, place: Path, alone: Path) -
 def started(cluster: Cluster, job: str, run: Path) -> None:
     """Waits until the run is in the midst of its steps."""
     lines = run / "metrics.jsonl"
-    cluster.wait(lambda: lines.exists() and lines.read_text().count("\n") > 4, 120)
+    cluster.wait(lambda: lines.exists() and lines.read_text().count("\n") > 4, 300)
     assert cluster.job(job)["JobState"] == "RUNNING"
 
 
@@ -94,7 +94,7 @@ def test_a_cancelled_job_does_not_come_back(cluster: Cluster, place: Path) -> No
     (job,) = submit(cluster, place, "--device=cpu", "--ranks-per-node=1", *options)
     started(cluster, job, run)
     cluster.run("scancel", job)
-    cluster.wait(lambda: not cluster.run("squeue", "-h", "-j", job), 60)
+    cluster.wait(lambda: not cluster.run("squeue", "-h", "-j", job), 120)
     assert (cluster.job(job)["JobState"], cluster.job(job)["Restarts"]) == ("CANCELLED", "0")
 
 
@@ -128,7 +128,7 @@ def test_a_bad_node_is_left_out(cluster: Cluster, place: Path) -> None:  # noqa:
 def test_a_bad_node_of_two_is_told_from_the_good_one(cluster: Cluster, place: Path) -> None:  # noqa: F811
     (place / "second.sh").write_text("PREFLIGHT_COMMAND='test \"$SLURMD_NODENAME\" != n2'\n")
     (job,) = submit(cluster, place, *TWO_NODES, "--site=second.sh", "parallel.tp=2", "run.dir=runs/never")
-    cluster.wait(lambda: cluster.job(job)["ExcNodeList"] == "n2", 60)
+    cluster.wait(lambda: cluster.job(job)["ExcNodeList"] == "n2", 120)
     cluster.run("scancel", job)
     assert "megatron-rl: preflight: n2: rank 1: 'test " in cluster.said(job)
     assert not (place / "runs" / "never" / "metrics.jsonl").exists()
