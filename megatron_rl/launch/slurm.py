@@ -226,7 +226,8 @@ def check_layout(options: argparse.Namespace, config: Config) -> None:
     needed = processes(parallel)
     if ranks == needed or (parallel.dp is None and ranks % needed == 0):
         return
-    layout = f"parallel.tp={parallel.tp}, parallel.pp={parallel.pp}, parallel.dp={parallel.dp}"
+    axes = {axis: getattr(parallel, axis) for axis in ("tp", "pp", "dp", "ep", "etp")}
+    layout = ", ".join(f"parallel.{axis}={size}" for axis, size in axes.items() if size != 1)
     raise ConfigError(
         f"{layout} needs {'a multiple of ' if parallel.dp is None else ''}{needed} ranks, and --nodes={options.nodes} "
         f"with --ranks-per-node={options.ranks_per_node} are {ranks}"

@@ -154,7 +154,7 @@ MISTAKES = [
     (["--nodes=0"], "--nodes=0 must be at least 1"),
     (
         ["--ranks-per-node=6"],
-        "parallel.tp=4, parallel.pp=1, parallel.dp=None needs a multiple of 4 ranks, and --nodes=1",
+        "parallel.tp=4, parallel.dp=None needs a multiple of 4 ranks, and --nodes=1",
     ),
     (["--nodes=3", "parallel.dp=4"], "needs 16 ranks, and --nodes=3 with --ranks-per-node=8 are 24"),
     (["--time=soon"], "--time='soon' is no time as 90 (minutes), 12:00:00 or 2-12:00:00"),
