@@ -224,7 +224,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     lines = [f"{options.hosts[rank // options.ranks_per_node]}: rank {rank}: {fault}" for rank, fault in faults.items()]
     if not faults:
-        lines = [f"{len(options.hosts)} nodes, {place.ranks} ranks: all well after {time.monotonic() - started:.1f} s"]
+        taken = time.monotonic() - started
+        lines = [f"{len(options.hosts)} node(s), {place.ranks} rank(s): all well after {taken:.1f} s"]
     (options.folder / REPORT).write_text("".join(f"megatron-rl: preflight: {line}\n" for line in lines))
     (options.folder / BAD).write_text("".join(f"{options.hosts[node]}\n" for node in sorted(bad)))
     return 1 if faults else 0
