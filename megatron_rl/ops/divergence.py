@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_rl.ops.linear_stats import LinearStats, linear_stats, stats_of
-from megatron_rl.ops.logit_stream import add_mm_, exp_, keeping, logit_chunks
+from megatron_rl.ops.logit_stream import VOCABULARY_CHUNK, add_mm_, exp_, keeping, logit_chunks
 from megatron_rl.ops.summary import FLOOR, summarise, within
 from megatron_rl.ops.vocab_shard import VocabShard
 
@@ -55,7 +55,7 @@ def paired_stats(
     k: int,
     shard: VocabShard,
     figures: bool = True,
-    chunk: int = 1024,
+    chunk: int = VOCABULARY_CHUNK,
 ) -> Pair:
     """Both heads' statistics at the k ids that are most likely to the `support`; differentiable in the student.
 
@@ -135,7 +135,7 @@ def full_divergence(
     alpha: float,
     k: int = 0,
     shard: VocabShard,
-    chunk: int = 1024,
+    chunk: int = VOCABULARY_CHUNK,
 ) -> FullDivergence:
     """The divergence over the whole vocabulary, and statistics of both heads; differentiable in the student.
 

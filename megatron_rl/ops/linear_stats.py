@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_rl.ops.logit_stream import add_mm_, exp_, keeping, logit_chunks
+from megatron_rl.ops.logit_stream import VOCABULARY_CHUNK, add_mm_, exp_, keeping, logit_chunks
 from megatron_rl.ops.summary import FLOOR, Summary, summarise, within
 from megatron_rl.ops.topk import Places
 from megatron_rl.ops.vocab_shard import VocabShard
@@ -48,7 +48,7 @@ def linear_stats(
     entropy: bool = True,
     k: int = 0,
     indices: Tensor | None = None,
-    chunk: int = 1024,
+    chunk: int = VOCABULARY_CHUNK,
 ) -> LinearStats:
     """Statistics of softmax(hidden weight^T / temperature) over the whole vocabulary, equal on all ranks of the shard.
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 KEPT_BYTES = 64 * 2**20
+VOCABULARY_CHUNK = 1024  # columns of the lm-head that are computed at once
 _LOG2_E = 1 / math.log(2)
 
 

@@ -1,0 +1,129 @@
+"""What a micro-batch leaves in memory for its backward pass, and what comes on top of it.
+
+Symbols: T tokens of a micro-batch; T' = T / tp of them with sequence parallelism, otherwise T; H hidden size, F size of
+the MLP, d head size, a and g query and key/value heads, of which a rank has 1 / tp; e bytes of a number of the model's
+dtype. Two builds of a layer are told apart:
+
+* `local`: megatron-core's local spec with models/attention.py, as it runs on a CPU. Held against measurements.
+* `te`: Transformer Engine's on CUDA, with fused norm and projection, fused SwiGLU and flash attention. Read off the
+  modules, never measured.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from megatron_rl.models.hf_config import ModelShape
+from megatron_rl.planning.layout import Layout
+from megatron_rl.planning.parameters import FLOAT32, layers_per_chunk
+
+
+class Build(StrEnum):
+    """What a layer is made of."""
+
+    local = "local"
+    te = "te"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pass:
+    """One micro-batch of `tokens` through a model on one rank."""
+
+    shape: ModelShape
+    layout: Layout
+    build: Build
+    width: int  # bytes of a number of the model's dtype
+    tokens: int
+
+    @property
+    def rows(self) -> int:
+        """T'."""
+        return self.layout.split(self.tokens)
+
+    @property
+    def stream(self) -> int:
+        """The hidden states between two layers: e T' H."""
+        return self.width * self.rows * self.shape.hidden_size
+
+    @property
+    def mlp(self) -> int:
+        """One tensor of the MLP's inside: e T F / tp."""
+        return self.width * self.tokens * self.shape.ffn_hidden_size // self.layout.tp
+
+
+def norm_bytes(at: Pass, rows: int, columns: int) -> int:
+    """Of an RMSNorm, without its output: the input and 1 / rms; torch's own keeps the normalised input too, in float32.
+
+    te: e rows columns + 4 rows.    local: 8 rows columns + 4 rows.
+    """
+    each = at.width if at.build is Build.te else 2 * FLOAT32
+    return rows * (each * columns + FLOAT32)
+
+
+def attention_bytes(at: Pass) -> int:
+    """norm + e T' H (its output) + e T d (3 a + 3 g) / tp + 4 T a / tp (log-sum-exp of the softmax).
+
+    The factors of a and g: the projection's output, of which the values are a part; rotated queries and keys; the
+    attention's output. Norms of queries and keys add their own. torch keeps the rotation too: 4 e T d.
+    """
+    shape, tp, tokens = at.shape, at.layout.tp, at.tokens
+    heads, kv_heads, size = shape.num_heads // tp, shape.num_kv_heads // tp, shape.head_dim
+    kept = norm_bytes(at, at.rows, shape.hidden_size) + at.stream
+    kept += at.width * tokens * size * 3 * (heads + kv_heads) + FLOAT32 * tokens * heads
+    if at.build is Build.local:
+        kept += 4 * at.width * tokens * size
+    if shape.family.qk_norm:
+        kept += norm_bytes(at, tokens * heads, size) + norm_bytes(at, tokens * kv_heads, size)
+        # Of what the norms read, this is part of the projection's output.
+        views = kv_heads if at.build is Build.local else heads + kv_heads
+        if at.build is Build.te or at.width == FLOAT32:
+            kept -= at.width * tokens * size * views
+    return kept
+
+
+def mlp_bytes(at: Pass) -> int:
+    """norm + e T' H (its output) + n e T F / tp.
+
+    te: n is 3, the gate and up projections, and their product. local: 5, the activated gate and a copy of the other.
+    """
+    return norm_bytes(at, at.rows, at.shape.hidden_size) + at.stream + (3 if at.build is Build.te else 5) * at.mlp
+
+
+def layer_bytes(at: Pass) -> int:
+    """What one layer keeps for its backward pass."""
+    return attention_bytes(at) + mlp_bytes(at)
+
+
+def kept_bytes(at: Pass, stage: int, micro_batches: int) -> int:
+    """What the passes in flight on a stage keep, that of `in_flight` chunks of l layers each:
+
+        in_flight l layer_bytes,    or with recomputation    in_flight l e T' H
+
+    A pipeline's stage also has what it received and, without `deallocate_pipeline_outputs`, what it sent.
+    """
+    layers, passes = layers_per_chunk(at.shape, at.layout, stage), at.layout.in_flight(stage, micro_batches)
+    kept = passes * layers * (at.stream if at.layout.recompute else layer_bytes(at))
+    if at.layout.pp > 1:
+        received, sent = stage > 0, at.build is Build.local and stage < at.layout.pp - 1
+        known = at.layout.recompute or (at.build is Build.local and at.width == FLOAT32)
+        kept += passes * at.stream * ((received and not known) + sent)
+    return kept
+
+
+def layer_backward_bytes(at: Pass) -> int:
+    """On top of what is kept, in the middle of a layer's backward pass: e T' H + 2 e T F / tp.
+
+    The gradient of the layer's output and those of the two projections, whose product is gone by then. With
+    recomputation the layer's own tensors, all but its input, and its output computed again: layer_bytes.
+    """
+    again = layer_bytes(at) if at.layout.recompute else 0
+    return at.stream + 2 * at.mlp + again
+
+
+def norm_backward_bytes(at: Pass) -> int:
+    """On top of what is kept and the norm's own, in the backward pass of the final norm.
+
+    te: 2 e T' H, the gradients of its output and input. local: four float32 tensors, 16 T' H.
+    """
+    if at.build is Build.te:
+        return 2 * at.stream
+    return 4 * FLOAT32 * at.rows * at.shape.hidden_size

@@ -1,0 +1,46 @@
+"""What the vocabulary operators hold (ops/linear_stats.py, ops/divergence.py): chunks of logits, never all of them.
+
+N tokens bear loss; V' rows of the vocabulary lie on this rank, C of them in a chunk; H and e as in activations.py.
+"""
+
+from megatron_rl.ops.logit_stream import KEPT_BYTES, VOCABULARY_CHUNK
+from megatron_rl.planning.activations import Build
+from megatron_rl.planning.parameters import FLOAT32
+
+
+def kept_logits(tokens: int, rows: int, width: int) -> int:
+    """e N V', kept for the backward pass where that is at most 64 MiB; nothing where it is more."""
+    size = tokens * rows * width
+    return size if size <= KEPT_BYTES else 0
+
+
+def chunk_buffers(tokens: int, rows: int, width: int) -> int:
+    """The chunk of logits in float32, and the product in a narrower dtype that it is made of: 4 N C (+ e N C)."""
+    columns = min(VOCABULARY_CHUNK, rows)
+    return tokens * columns * (FLOAT32 + (width if width < FLOAT32 else 0))
+
+
+def head_forward_bytes(tokens: int, hidden: int, rows: int, width: int) -> int:
+    """Kept logits, the buffers of a chunk, its exponentials, and the loss-bearing hidden states: ... + 4 N C + e N H."""
+    exponentials = FLOAT32 * tokens * min(VOCABULARY_CHUNK, rows)
+    kept = kept_logits(tokens, rows, width)
+    return kept + chunk_buffers(tokens, rows, width) + exponentials + width * tokens * hidden
+
+
+def head_backward_bytes(
+    tokens: int, hidden: int, rows: int, width: int, build: Build, *, entropy_bonus: bool = False
+) -> int:
+    """Kept logits, the buffers of a chunk, and the gradients of both factors, the weight's e V' H whole.
+
+    The hidden states' is summed in float32: 4 N H. Of a narrower dtype come a chunk's gradient, its product and, on a
+    CPU, the chunk of the weight by columns. An entropy bonus takes one more chunk, 4 N C.
+    """
+    columns = min(VOCABULARY_CHUNK, rows)
+    gradients = width * rows * hidden + FLOAT32 * tokens * hidden
+    narrow = 0
+    if width < FLOAT32:
+        narrow = width * (tokens * columns + tokens * hidden + (columns * hidden if build is Build.local else 0))
+    bonus = FLOAT32 * tokens * columns if entropy_bonus else 0
+    kept = kept_logits(tokens, rows, width)
+    states = width * tokens * hidden
+    return kept + chunk_buffers(tokens, rows, width) + states + gradients + narrow + bonus
