@@ -2,7 +2,8 @@
 
 Symbols: T tokens of a micro-batch; T' = T / tp of them with sequence parallelism, otherwise T; H hidden size, F size of
 the MLP, d head size, a and g query and key/value heads, of which a rank has 1 / tp; e bytes of a number of the model's
-dtype. Two builds of a layer are told apart:
+dtype. Of a mixture of experts F is an expert's, and A = k T' etp the tokens that a rank's experts see, k of them for each
+token, if every expert is chosen equally often. Two builds of a layer are told apart:
 
 * `local`: megatron-core's local spec with models/attention.py, as it runs on a CPU. Held against measurements.
 * `te`: Transformer Engine's on CUDA, with fused norm and projection, fused SwiGLU and flash attention. Read off the
@@ -45,9 +46,27 @@ class Pass:
         return self.width * self.rows * self.shape.hidden_size
 
     @property
+    def chosen(self) -> int:
+        """A; 0 in a dense model."""
+        experts = self.shape.experts
+        return 0 if experts is None else experts.top_k * self.rows * self.layout.etp
+
+    @property
     def mlp(self) -> int:
-        """One tensor of the MLP's inside: e T F / tp."""
-        return self.width * self.tokens * self.shape.ffn_hidden_size // self.layout.tp
+        """One tensor of the MLP's inside: e T F / tp, or of experts e A F / etp."""
+        if self.shape.experts is None:
+            return self.width * self.tokens * self.shape.ffn_hidden_size // self.layout.tp
+        return self.width * self.chosen * self.shape.experts.ffn_hidden_size // self.layout.etp
+
+    @property
+    def dispatched(self) -> int:
+        """The hidden states as experts take them: e A H."""
+        return self.width * self.chosen * self.shape.hidden_size
+
+    @property
+    def gathered(self) -> int:
+        """Under sequence parallelism, the buffer in which megatron-core puts the hidden states together: e T H."""
+        return self.width * self.tokens * self.shape.hidden_size if self.layout.sequence_parallel else 0
 
 
 def norm_bytes(at: Pass, rows: int, columns: int) -> int:
@@ -81,11 +100,16 @@ def attention_bytes(at: Pass) -> int:
 
 
 def mlp_bytes(at: Pass) -> int:
-    """norm + e T' H (its output) + n e T F / tp.
+    """norm + e T' H (its output) + n e T F / tp, or of experts norm + e T' H + 4 T' experts + e A H + n e A F / etp.
 
-    te: n is 3, the gate and up projections, and their product. local: 5, the activated gate and a copy of the other.
+    te: n is 3, the gate and up projections, and their product. local: 5, the activated gate and a copy of the other;
+    of experts 6, their product with the router's weight, which te's kernel takes in.
     """
-    return norm_bytes(at, at.rows, at.shape.hidden_size) + at.stream + (3 if at.build is Build.te else 5) * at.mlp
+    kept = norm_bytes(at, at.rows, at.shape.hidden_size) + at.stream
+    if at.shape.experts is None:
+        return kept + (3 if at.build is Build.te else 5) * at.mlp
+    router = FLOAT32 * at.rows * at.shape.experts.num_experts
+    return kept + router + at.dispatched + (3 if at.build is Build.te else 6) * at.mlp
 
 
 def layer_bytes(at: Pass) -> int:
@@ -98,10 +122,13 @@ def kept_bytes(at: Pass, stage: int, micro_batches: int) -> int:
 
         in_flight l layer_bytes,    or with recomputation    in_flight l e T' H
 
-    A pipeline's stage also has what it received and, without `deallocate_pipeline_outputs`, what it sent.
+    A pipeline's stage also has what it received and, without `deallocate_pipeline_outputs`, what it sent. Layers of
+    experts whose backward pass is over keep e A H under recomputation, in place of e T' H.
     """
     layers, passes = layers_per_chunk(at.shape, at.layout, stage), at.layout.in_flight(stage, micro_batches)
     kept = passes * layers * (at.stream if at.layout.recompute else layer_bytes(at))
+    if at.layout.recompute:
+        kept += (layers - 1) * max(at.dispatched - at.stream, 0)
     if at.layout.pp > 1:
         received, sent = stage > 0, at.build is Build.local and stage < at.layout.pp - 1
         known = at.layout.recompute or (at.build is Build.local and at.width == FLOAT32)
@@ -112,11 +139,14 @@ def kept_bytes(at: Pass, stage: int, micro_batches: int) -> int:
 def layer_backward_bytes(at: Pass) -> int:
     """On top of what is kept, in the middle of a layer's backward pass: e T' H + 2 e T F / tp.
 
-    The gradient of the layer's output and those of the two projections, whose product is gone by then. With
-    recomputation the layer's own tensors, all but its input, and its output computed again: layer_bytes.
+    The gradient of the layer's output and those of the two projections, whose product is gone by then. Of experts 3 e A H
+    more, their inputs before the exchange, their outputs and the gradient of these; on a CPU experts take turns, and
+    what is inside of them does not add up. With recomputation the layer's own tensors, all but its input, and its
+    output computed again: layer_bytes.
     """
     again = layer_bytes(at) if at.layout.recompute else 0
-    return at.stream + 2 * at.mlp + again
+    inside = 0 if at.shape.experts is not None and at.build is Build.local else 2 * at.mlp
+    return at.stream + inside + 3 * at.dispatched + at.gathered + again
 
 
 def norm_backward_bytes(at: Pass) -> int:

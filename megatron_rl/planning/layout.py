@@ -8,12 +8,14 @@ from megatron_rl.config.schema import ParallelConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """Ranks along each axis; the world is tp x pp x dp."""
+    """Ranks along each axis; the world is tp x pp x dp, and the tp x dp of a stage are ep x etp x expert_dp."""
 
     tp: int = 1
     pp: int = 1
     vpp: int = 1
     dp: int = 1
+    ep: int = 1
+    etp: int = 1
     sequence_parallel: bool = False
     recompute: bool = False
 
@@ -27,14 +29,26 @@ class Layout:
                 f"parallel.tp={parallel.tp}, parallel.pp={parallel.pp}{dp} do not fit {world} GPUs: give a multiple of "
                 f"{along}{'' if parallel.dp is None else ', and parallel.dp=null or what is left over'}"
             )
+        if world // parallel.pp % (parallel.ep * parallel.etp):
+            raise ConfigError(
+                f"parallel.ep={parallel.ep} times parallel.etp={parallel.etp} does not divide the "
+                f"{world // parallel.pp} GPUs of a pipeline stage: give another number of GPUs, or change one of them"
+            )
         return cls(
             tp=parallel.tp,
             pp=parallel.pp,
             vpp=parallel.vpp,
             dp=world // along,
+            ep=parallel.ep,
+            etp=parallel.etp,
             sequence_parallel=parallel.sequence_parallel,
             recompute=parallel.recompute,
         )
+
+    @property
+    def expert_dp(self) -> int:
+        """Ranks that hold copies of the same experts."""
+        return self.tp * self.dp // (self.ep * self.etp)
 
     def in_flight(self, stage: int, micro_batches: int) -> int:
         """Forward passes of one model chunk whose backward pass is still to come, at most, on a stage.

@@ -12,19 +12,23 @@ FLOAT32 = 4
 PARAMETER_ALIGNMENT, BUCKET_ALIGNMENT = 64, 128
 
 
-@dataclass(frozen=True, slots=True)
-class Buckets:
-    """The elements of each parameter of one model chunk, by the bucket that they lie in."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bucket:
+    """The elements of each of its parameters, and how many ranks share out their optimizer state."""
 
-    dense: tuple[int, ...]
-    shared: tuple[int, ...] = ()  # a tied embedding that a pipeline holds at both ends has a bucket of its own
-
-    def __iter__(self):  # type: ignore[no-untyped-def]
-        return (bucket for bucket in (self.dense, self.shared) if bucket)
+    parameters: tuple[int, ...]
+    shared_by: int
 
     @property
     def elements(self) -> int:
-        return sum(map(sum, self))
+        return sum(self.parameters)
+
+    @property
+    def padded(self) -> int:
+        """Elements with alignment: a parameter starts at a multiple of 64, and the ranks have equal shares."""
+        aligned = sum(-(-n // PARAMETER_ALIGNMENT) * PARAMETER_ALIGNMENT for n in self.parameters)
+        multiple = math.lcm(self.shared_by, BUCKET_ALIGNMENT)
+        return -(-aligned // multiple) * multiple
 
 
 def layers_per_chunk(shape: ModelShape, layout: Layout, stage: int) -> int:
@@ -35,51 +39,50 @@ def layers_per_chunk(shape: ModelShape, layout: Layout, stage: int) -> int:
     return last if stage == layout.pp - 1 else -(-shape.num_layers // layout.pp)
 
 
-def layer_parameters(shape: ModelShape, layout: Layout) -> tuple[int, ...]:
-    """Elements of each parameter of a transformer layer on one tensor-parallel rank."""
+def layer_parameters(shape: ModelShape, layout: Layout) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Elements of each parameter of a transformer layer on one rank: of those of all tokens, and of its experts."""
     hidden, heads, kv_heads = shape.hidden_size, shape.num_heads // layout.tp, shape.num_kv_heads // layout.tp
     queries_keys_values = (heads + 2 * kv_heads) * shape.head_dim
-    attention = [heads * shape.head_dim * hidden, queries_keys_values * hidden]
+    dense = [heads * shape.head_dim * hidden, queries_keys_values * hidden, hidden, hidden]
     if shape.family.qkv_bias:
-        attention.append(queries_keys_values)
+        dense.append(queries_keys_values)
     if shape.family.qk_norm:
-        attention += [shape.head_dim] * 2
-    ffn = shape.ffn_hidden_size // layout.tp
-    return (*attention, hidden, hidden, 2 * ffn * hidden, ffn * hidden)
+        dense += [shape.head_dim] * 2
+    if shape.experts is None:
+        ffn = shape.ffn_hidden_size // layout.tp
+        return (*dense, 2 * ffn * hidden, ffn * hidden), ()
+    ffn = shape.experts.ffn_hidden_size // layout.etp
+    router = shape.experts.num_experts * hidden
+    return (*dense, router), (2 * ffn * hidden, ffn * hidden) * (shape.experts.num_experts // layout.ep)
 
 
 def vocabulary_rows(shape: ModelShape, layout: Layout) -> int:
+    """Rows of the embedding on one rank, padded."""
     return padded_vocab_rows(shape.vocab_size, layout.tp)
 
 
-def chunk_parameters(shape: ModelShape, layout: Layout, stage: int) -> list[Buckets]:
-    """The parameters of each model chunk of a stage: embedding first, final norm and head last."""
+def buckets(shape: ModelShape, layout: Layout, stage: int) -> list[Bucket]:
+    """The parameters of a stage: those of each model chunk, a tied embedding at either end of a pipeline, experts."""
     vocabulary = vocabulary_rows(shape, layout) * shape.hidden_size
-    layers = layer_parameters(shape, layout) * layers_per_chunk(shape, layout, stage)
-    chunks = []
+    layers = layers_per_chunk(shape, layout, stage)
+    of_all, of_experts = layer_parameters(shape, layout)
+    found = []
     for index in range(layout.vpp):
-        dense, shared = list(layers), []
-        first, last = stage == 0 and index == 0, stage == layout.pp - 1 and index == layout.vpp - 1
-        tied_ends = shape.tied and layout.pp > 1
-        if first:
-            (shared if tied_ends else dense).append(vocabulary)
-        if last:
+        dense, ends = list(of_all * layers), []
+        if stage == 0 and index == 0:
+            (ends if shape.tied and layout.pp > 1 else dense).append(vocabulary)
+        if stage == layout.pp - 1 and index == layout.vpp - 1:
             dense.append(shape.hidden_size)
             if shape.scalar:
                 dense.append(shape.hidden_size)
             elif not shape.tied:
                 dense.append(vocabulary)
-            elif tied_ends:
-                shared.append(vocabulary)
-        chunks.append(Buckets(tuple(dense), tuple(shared)))
-    return chunks
-
-
-def padded(bucket: tuple[int, ...], dp: int) -> int:
-    """Elements of a bucket: each parameter starts at a multiple of 64, and data-parallel ranks share it equally."""
-    aligned = sum(-(-n // PARAMETER_ALIGNMENT) * PARAMETER_ALIGNMENT for n in bucket)
-    multiple = math.lcm(dp, BUCKET_ALIGNMENT)
-    return -(-aligned // multiple) * multiple
+            elif layout.pp > 1:
+                ends.append(vocabulary)
+        found += [Bucket(parameters=tuple(part), shared_by=layout.dp) for part in (dense, ends) if part]
+        if of_experts:
+            found.append(Bucket(parameters=of_experts * layers, shared_by=layout.expert_dp))
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,37 +93,43 @@ class ModelBytes:
     gradients: int = 0
     optimizer: int = 0
     average: int = 0  # if one is kept
-    largest_bucket: int = 0  # in float32
-
-    @property
-    def together(self) -> int:
-        return self.weights + self.gradients + self.optimizer
+    gathered: int = 0  # in passing, where shares of float32 numbers are gathered
 
 
 def frozen_model(shape: ModelShape, layout: Layout, stage: int, width: int) -> ModelBytes:
     """A model that is only read: `width` bytes for each parameter."""
-    return ModelBytes(weights=width * sum(chunk.elements for chunk in chunk_parameters(shape, layout, stage)))
+    return ModelBytes(weights=width * sum(bucket.elements for bucket in buckets(shape, layout, stage)))
 
 
 def trained_model(shape: ModelShape, layout: Layout, stage: int, width: int) -> ModelBytes:
-    """A model under training, of P parameters with padding, `width` bytes each:
+    """A model under training: for each bucket of P parameters with padding, shared by d data-parallel ranks,
 
-        weights width P,    gradients 4 P,    optimizer 4 n P / dp,    an average of the weights 4 P / dp
+        weights width P,    gradients 4 P,    optimizer 4 n P / d,    an average of the weights 4 P / d
 
-    n is 2 for Adam's moments, and 3 where float32 master weights are kept beside narrower ones.
+    n is 2 for Adam's moments, and 3 where float32 master weights are kept beside narrower ones. To write an average to
+    its model, or a checkpoint, one bucket after the other is gathered: 4 P + 4 P / d where d is more than 1.
     """
-    sizes = [padded(bucket, layout.dp) for chunk in chunk_parameters(shape, layout, stage) for bucket in chunk]
-    total = sum(sizes)
-    share = FLOAT32 * total // layout.dp
+    held = buckets(shape, layout, stage)
+    total = sum(bucket.padded for bucket in held)
+    share = sum(FLOAT32 * bucket.padded // bucket.shared_by for bucket in held)
+    gathered = [FLOAT32 * (b.padded + b.padded // b.shared_by) for b in held if b.shared_by > 1]
     return ModelBytes(
         weights=width * total,
         gradients=FLOAT32 * total,
         optimizer=optimizer_tensors(width) * share,
         average=share,
-        largest_bucket=FLOAT32 * max(sizes),
+        gathered=max(gathered, default=0),
     )
 
 
 def optimizer_tensors(width: int) -> int:
     """Float32 numbers that Adam keeps of a weight of `width` bytes."""
     return 2 if width == FLOAT32 else 3
+
+
+def model_parameters(shape: ModelShape) -> int:
+    """Of the whole model, tied ones once, without padding."""
+    of_all, of_experts = layer_parameters(shape, Layout())
+    head = shape.hidden_size if shape.scalar else 0 if shape.tied else shape.vocab_size * shape.hidden_size
+    layers = shape.num_layers * (sum(of_all) + sum(of_experts))
+    return layers + shape.vocab_size * shape.hidden_size + shape.hidden_size + head

@@ -9,7 +9,7 @@ from megatron_rl.planning.activations import (
     norm_backward_bytes,
     norm_bytes,
 )
-from megatron_rl.planning.parameters import FLOAT32, trained_model, vocabulary_rows
+from megatron_rl.planning.parameters import FLOAT32, buckets, layers_per_chunk, vocabulary_rows
 from megatron_rl.planning.vocabulary import head_backward_bytes, head_forward_bytes
 
 
@@ -23,30 +23,30 @@ def update_moments(
     """
     layout, shape = at.layout, at.shape
     kept = kept_bytes(at, stage, micro_batches)
-    embedding = 0 if shape.scalar else at.width * vocabulary_rows(shape, layout) * shape.hidden_size
+    embedding = at.width * vocabulary_rows(shape, layout) * shape.hidden_size
     waiting = embedding if shape.tied and layout.pp == 1 else 0
     moments = {"a layer's backward pass": {"activations": kept + layer_backward_bytes(at), "gradients": waiting}}
     if stage == layout.pp - 1:
-        kept_norm = kept + norm_bytes(at, at.rows, shape.hidden_size)
-        moments["the final norm"] = {"activations": kept_norm + norm_backward_bytes(at), "gradients": waiting}
-        moments["the loss"] = {"activations": kept_norm, **_loss(at, loss_tokens, entropy_bonus=entropy_bonus)}
+        with_norm = kept + norm_bytes(at, at.rows, shape.hidden_size) + at.gathered
+        moments["the final norm"] = {"activations": with_norm + norm_backward_bytes(at), "gradients": waiting}
+        moments["the loss"] = _in_the_loss(at, with_norm, loss_tokens, entropy_bonus=entropy_bonus)
     if stage == 0:
         passes = layout.in_flight(stage, micro_batches)
         others = kept * (passes - 1) // passes
-        rows = at.width * vocabulary_rows(shape, layout) * shape.hidden_size
-        moments["the embedding"] = {"activations": others + at.stream, "gradients": rows + waiting}
+        moments["the embedding"] = {"activations": others + at.stream, "gradients": embedding + waiting}
     if at.build is Build.local:
-        # gloo copies what it reduces.
-        moments["the reduction"] = {"gradients": trained_model(shape, layout, stage, at.width).gradients}
+        largest = max(bucket.padded for bucket in buckets(shape, layout, stage))
+        left = layers_per_chunk(shape, layout, stage) * at.dispatched if layout.recompute else 0
+        moments["the reduction"] = {"activations": left, "gradients": FLOAT32 * largest}  # gloo reduces a copy
     return moments
 
 
-def _loss(at: Pass, loss_tokens: int, *, entropy_bonus: bool) -> dict[str, int]:
-    """The fuller of the loss's two passes. A critic has its hidden states in float32, and their gradient."""
+def _in_the_loss(at: Pass, kept: int, loss_tokens: int, *, entropy_bonus: bool) -> dict[str, int]:
+    """The fuller of the loss's two passes. A critic's head reads float32 hidden states, and gives them a gradient."""
     hidden = at.shape.hidden_size
     if at.shape.scalar:
-        return {"activations": (1 + 1) * FLOAT32 * at.tokens * hidden}
+        return {"activations": kept + 2 * FLOAT32 * at.tokens * hidden}
     shard = VocabShard.of(at.shape.vocab_size, vocabulary_rows(at.shape, at.layout), 0).size
     sizes = (loss_tokens, hidden, shard, at.width)
     backward = head_backward_bytes(*sizes, at.build, entropy_bonus=entropy_bonus)
-    return {"lm-head": max(head_forward_bytes(*sizes), backward)}
+    return {"activations": kept, "lm-head": max(head_forward_bytes(*sizes), backward)}
