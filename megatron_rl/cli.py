@@ -43,18 +43,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             verb_parser.add_argument("data", metavar="DATA", nargs="?", help=data_help)
         else:
             verb_parser.add_argument("config", help="a YAML file that names its trainer")
+        if verb == "check":
+            add_check_arguments(verb_parser)
         verb_parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="options that overrule the file")
     options = parser.parse_args(arguments)
     if options.verb == "report":
         return report_on([options.run, *([options.other] if options.other else [])], options.out)
     try:
         loaded = read(options)
+        if options.verb == "check":
+            return check(loaded, options.gpus, options.memory)
         if options.verb != "verify":
-            look(loaded, options.verb)
+            look(loaded)
     except (ValueError, RunError) as error:
         return mistake(error)
-    if options.verb == "check":
-        return 0
     count = torchrun.processes(loaded.config.parallel) if options.verb != "verify" else torchrun.ranks_of_machine()
     if (count > 1 or torchrun.is_one_of_many()) and not torchrun.under_torchrun():
         return torchrun.launch(count, arguments)
@@ -86,6 +88,12 @@ def read(options: argparse.Namespace) -> Loaded:
     if data is not None and "=" in data:
         data, overrides = None, [data, *overrides]
     return evaluation_config(options.config, data, overrides)
+
+
+def add_check_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Exits with 1 where the run does not fit the memory, with 2 on a mistake, with 0 otherwise."
+    parser.add_argument("--gpus", type=int, metavar="N", help="plan the memory of a run on so many: docs/cluster.md")
+    parser.add_argument("--memory", metavar="SIZE", help="of each of them, as 80GB or 80GiB (default: 80GB)")
 
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
@@ -125,18 +133,40 @@ def mistake(error: Exception) -> int:
     return 2
 
 
-def look(loaded: Loaded, verb: str) -> None:
+def look(loaded: Loaded) -> None:
     """Finds mistakes before any process is started, or any rank waits for another."""
-    if verb != "check" and torchrun.is_checked():
+    if torchrun.is_checked():
         return
     # Imported late: a mistake in the config itself is reported without waiting for torch.
+    from megatron_rl.trainers.preflight import preflight
+
+    warn(preflight(loaded.config).warnings)
+
+
+def check(loaded: Loaded, gpus: int | None, memory: str | None) -> int:
+    """Says what a run would be, and on `gpus` whether it fits their memory; the exit code."""
+    if memory is not None and gpus is None:
+        raise ConfigError("--memory plans nothing without --gpus: give the number of GPUs too")
     from megatron_rl.trainers.preflight import describe, preflight
 
-    findings = preflight(loaded.config)
-    for warning in findings.warnings:
-        print(f"megatron-rl: warning: {warning}", file=sys.stderr)
-    if verb == "check":
+    if gpus is None:
+        findings = preflight(loaded.config)
+        warn(findings.warnings)
         print(describe(loaded, findings))
+        return 0
+    from megatron_rl.trainers.sizing import on_gpus, size_up
+
+    config = on_gpus(loaded, gpus)
+    findings = preflight(config)
+    warn(findings.warnings)
+    text, fits = size_up(config, findings.step_lengths, gpus, memory or "80GB")
+    print(describe(Loaded(config, loaded.origins), findings), text, sep="\n\n")
+    return 0 if fits else 1
+
+
+def warn(warnings: Sequence[str]) -> None:
+    for warning in warnings:
+        print(f"megatron-rl: warning: {warning}", file=sys.stderr)
 
 
 def work(config: Config | EvaluationConfig, verb: str) -> int:

@@ -1,9 +1,9 @@
 """What a micro-batch leaves in memory for its backward pass, and what comes on top of it.
 
-Symbols: T tokens of a micro-batch; T' = T / tp of them with sequence parallelism, otherwise T; H hidden size, F size of
-the MLP, d head size, a and g query and key/value heads, of which a rank has 1 / tp; e bytes of a number of the model's
-dtype. Of a mixture of experts F is an expert's, and A = k T' etp the tokens that a rank's experts see, k of them for each
-token, if every expert is chosen equally often. Two builds of a layer are told apart:
+Symbols: T tokens of a micro-batch; T' = T / tp of them with sequence parallelism, otherwise T; H hidden size, F size
+of the MLP, d head size, a and g query and key/value heads, of which a rank has 1 / tp; e bytes of a number of the
+model's dtype. Of a mixture of experts F is an expert's, and A = k T' etp the tokens that a rank's experts see: each
+token chooses k, and all experts are assumed to be chosen equally often. Two builds of a layer are told apart:
 
 * `local`: megatron-core's local spec with models/attention.py, as it runs on a CPU. Held against measurements.
 * `te`: Transformer Engine's on CUDA, with fused norm and projection, fused SwiGLU and flash attention. Read off the
@@ -139,10 +139,10 @@ def kept_bytes(at: Pass, stage: int, micro_batches: int) -> int:
 def layer_backward_bytes(at: Pass) -> int:
     """On top of what is kept, in the middle of a layer's backward pass: e T' H + 2 e T F / tp.
 
-    The gradient of the layer's output and those of the two projections, whose product is gone by then. Of experts 3 e A H
-    more, their inputs before the exchange, their outputs and the gradient of these; on a CPU experts take turns, and
-    what is inside of them does not add up. With recomputation the layer's own tensors, all but its input, and its
-    output computed again: layer_bytes.
+    The gradient of the layer's output and those of the two projections, whose product is gone by then. Of experts
+    3 e A H more, their inputs before the exchange, their outputs and the gradient of these; on a CPU experts take
+    turns, and what is inside of them does not add up. With recomputation the layer's own tensors, all but its input,
+    and its output computed again: layer_bytes.
     """
     again = layer_bytes(at) if at.layout.recompute else 0
     inside = 0 if at.shape.experts is not None and at.build is Build.local else 2 * at.mlp

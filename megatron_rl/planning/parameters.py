@@ -8,7 +8,7 @@ from megatron_rl.models.hf_config import ModelShape, layers_on_last_stage
 from megatron_rl.planning.layout import Layout
 
 FLOAT32 = 4
-# Elements that megatron-core aligns a parameter, and the end of a bucket, to (core/distributed/param_and_grad_buffer.py).
+# Elements that megatron-core aligns a parameter and the end of a bucket to (distributed/param_and_grad_buffer.py).
 PARAMETER_ALIGNMENT, BUCKET_ALIGNMENT = 64, 128
 
 
@@ -68,7 +68,7 @@ def buckets(shape: ModelShape, layout: Layout, stage: int) -> list[Bucket]:
     of_all, of_experts = layer_parameters(shape, layout)
     found = []
     for index in range(layout.vpp):
-        dense, ends = list(of_all * layers), []
+        dense, ends = list(of_all * layers), list[int]()
         if stage == 0 and index == 0:
             (ends if shape.tied and layout.pp > 1 else dense).append(vocabulary)
         if stage == layout.pp - 1 and index == layout.vpp - 1:

@@ -21,7 +21,7 @@ def chunk_buffers(tokens: int, rows: int, width: int) -> int:
 
 
 def head_forward_bytes(tokens: int, hidden: int, rows: int, width: int) -> int:
-    """Kept logits, the buffers of a chunk, its exponentials, and the loss-bearing hidden states: ... + 4 N C + e N H."""
+    """Kept logits, the buffers of a chunk, its exponentials 4 N C, and the loss-bearing hidden states e N H."""
     exponentials = FLOAT32 * tokens * min(VOCABULARY_CHUNK, rows)
     kept = kept_logits(tokens, rows, width)
     return kept + chunk_buffers(tokens, rows, width) + exponentials + width * tokens * hidden
@@ -44,3 +44,18 @@ def head_backward_bytes(
     kept = kept_logits(tokens, rows, width)
     states = width * tokens * hidden
     return kept + chunk_buffers(tokens, rows, width) + states + gradients + narrow + bonus
+
+
+def teacher_head_bytes(tokens: int, hidden: int, rows: int, width: int, *, listed: int, full: bool, mixed: bool) -> int:
+    """A second head on the same tokens, beside the student's: its hidden states e N H, and what its chunks take.
+
+    A list of k ids costs both heads 12 N k twice, while it is sorted. The `full` vocabulary keeps the teacher's logits
+    and chunks of both in float32, six of them. A `mixed` head is two side by side: 2 e V' H, and e N H more.
+    """
+    columns = min(VOCABULARY_CHUNK, rows)
+    states = (1 + mixed) * width * tokens * hidden + (2 * width * rows * hidden if mixed else 0)
+    lists = 2 * 2 * 12 * tokens * listed
+    chunks = chunk_buffers(tokens, rows, width) + FLOAT32 * tokens * columns
+    if full:
+        chunks += kept_logits(tokens, rows, width) + 6 * FLOAT32 * tokens * columns
+    return states + lists + chunks

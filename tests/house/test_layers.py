@@ -18,7 +18,7 @@ FLOORS = (
     {"parallel", "building_blocks"},
     {"models"},
     {"checkpoint"},
-    {"workers", "rollout", "report"},
+    {"workers", "rollout", "report", "planning"},
     {"trainers"},
     {"cli", "__main__", "launch"},
 )
