@@ -46,7 +46,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if verb == "check":
             add_check_arguments(verb_parser)
         verb_parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="options that overrule the file")
-    options = parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes no positional argument that comes after an option.
+    if "overrides" not in options or any(word.startswith("-") for word in rest):
+        parser.parse_args(arguments)
+    else:
+        options.overrides += rest
     if options.verb == "report":
         return report_on([options.run, *([options.other] if options.other else [])], options.out)
     try:

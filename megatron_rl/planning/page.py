@@ -26,7 +26,8 @@ def parse_memory(text: str) -> int:
 
 
 def shown(size: int) -> str:
-    return f"{size / 1e9:.2f} GB"
+    """Gigabytes, or megabytes of what is small."""
+    return f"{size / 1e9:.2f} GB" if abs(size) >= 1e8 else f"{size / 1e6:.2f} MB"
 
 
 def describe_plan(case: Case, lengths: Sequence[int], memory: int) -> tuple[str, bool]:
