@@ -3,10 +3,9 @@
     OMP_NUM_THREADS=1 python tools/check_memory.py [--out docs/results/memory] [--only NAME ...]
 
 Each case is a config. Its ranks are started, its trainer is built, an engine answers, an update is made of full
-micro-batches, a checkpoint is saved. What is held are the bytes of all storages that tensors of the process have, looked
-at after every operator (`LiveBytes`); scratch memory inside of a kernel is not seen. A prediction is made for the layers
-that run here (Build.local). For every rank the worst ratio of a case is kept. `memory.csv` and `summary.md` are made
-anew each time.
+micro-batches, a checkpoint is saved. What is held are the bytes of all storages that tensors of the process have,
+looked at after every operator (`LiveBytes`); scratch memory inside of a kernel is not seen. A prediction is made for
+the layers that run here (Build.local). `memory.csv` has every rank, `summary.md` the farthest off; both are made anew.
 """
 
 import argparse
@@ -192,6 +191,7 @@ def measure(name: str, path: str) -> list[Measured]:
     from megatron_rl.planning.layout import Layout
     from megatron_rl.planning.memory import Case, footprint
     from megatron_rl.planning.schedule import longest_step, schedule
+    from megatron_rl.trainers.average import AveragedModel
     from megatron_rl.trainers.resume import checkpoint_store
     from megatron_rl.trainers.run import build
 
@@ -201,6 +201,9 @@ def measure(name: str, path: str) -> list[Measured]:
         trainer = build(config, mesh)
         trainer.parts.push(trainer.actor)
         update(trainer, config)  # Adam's numbers are made by the first step
+        averaged = None
+        if trainer.average is not None and config.trainer != "sdpo":
+            averaged = AveragedModel(config, mesh, trainer.average).now()
         held = live.now()
         peaks = {}
         with moment(live, peaks, "rollouts"):
@@ -226,8 +229,10 @@ def measure(name: str, path: str) -> list[Measured]:
         "update": max(found.at(name) for name in found.moments if "update" in name),
         "a save": found.at("a save"),
     }
-    rows = [Measured(name, mesh.rank, part, found.held[part], size) for part, size in parts(trainer).items()]
+    rows = [Measured(name, mesh.rank, part, found.held[part], size) for part, size in parts(trainer, averaged).items()]
     rows.append(Measured(name, mesh.rank, "held between steps", found.between_steps, held))
+    peak = peaks["update"] - held
+    rows.append(Measured(name, mesh.rank, "activations", predicted["update"] - found.between_steps, peak))
     return rows + [Measured(name, mesh.rank, what, predicted[what], peak) for what, peak in peaks.items()]
 
 
@@ -238,7 +243,7 @@ def moment(live: LiveBytes, peaks: dict[str, int], name: str) -> Iterator[None]:
     peaks[name] = live.peak
 
 
-def parts(trainer: Any) -> dict[str, int]:
+def parts(trainer: Any, averaged: Any) -> dict[str, int]:
     """The bytes of what a trainer's models hold, by the planner's names."""
     from megatron_rl.workers import adam_state
 
@@ -254,7 +259,11 @@ def parts(trainer: Any) -> dict[str, int]:
         found[f"{prefix}optimizer"] = sum(t.nbytes for t in numbers if t.untyped_storage()._cdata not in own)
     teacher = getattr(trainer, "teacher", None)
     reference = getattr(getattr(trainer, "policies", None), "reference", None)
-    for name, model in (("teacher", teacher and teacher.model), ("reference", reference)):
+    for name, model in (
+        ("teacher", teacher and teacher.model),
+        ("reference", reference),
+        ("model of the average", averaged),
+    ):
         if model is not None:
             found[name] = storage_bytes([parameter for part in model.models for parameter in part.parameters()])
     if trainer.average is not None:
@@ -269,12 +278,13 @@ def storage_bytes(tensors: list[Tensor]) -> int:
 
 
 def rollouts(trainer: Any, config: Any) -> None:
-    from megatron_rl.data.sources import PromptSource
-    from megatron_rl.trainers.data import train_prompts
+    """Answers to prompts that are all at their longest."""
     from megatron_rl.trainers.rollouts import sampling
+    from megatron_rl.types import Prompt
 
-    source: PromptSource = train_prompts(config, trainer.parts.tokenizer)
-    trainer.parts.generate(source.next(config.train.batch_size), sampling(config, 1, 0))
+    ids = tuple(range(3, 3 + PROMPT))
+    prompts = [Prompt(index=i, row={}, text="", token_ids=ids) for i in range(config.train.batch_size)]
+    trainer.parts.generate(prompts, sampling(config, 1, 0))
 
 
 def update(trainer: Any, config: Any) -> None:
@@ -333,8 +343,9 @@ def summary(rows: list[Measured], date: str) -> str:
     lines = [
         "# Predicted against measured memory",
         "",
-        f"`tools/check_memory.py`, on a CPU, {date}. Megabytes of the rank that is farthest off; the ratio is predicted /",
-        "measured.",
+        f"`tools/check_memory.py`, on a CPU, {date}. Megabytes, of the rank that is farthest off; the ratio is of the",
+        "prediction to what was measured. A moment counts what is held between steps too; `activations` is an update's",
+        "peak without that.",
         "",
         "| case | what | predicted | measured | ratio |",
         "|---|---|---|---|---|",

@@ -22,7 +22,7 @@ from megatron_rl.planning.activations import Build, Pass
 from megatron_rl.planning.layout import Layout
 from megatron_rl.planning.parameters import FLOAT32, frozen_model, trained_model, vocabulary_rows
 from megatron_rl.planning.rollouts import engine_on_rank
-from megatron_rl.planning.saving import save_bytes
+from megatron_rl.planning.saving import SaveBytes, saved_frozen, saved_model
 from megatron_rl.planning.update import update_moments
 from megatron_rl.planning.vocabulary import teacher_head_bytes
 
@@ -113,6 +113,16 @@ def keeps_average(config: Config) -> bool:
     return isinstance(config, SftConfig | ExpertIterationConfig | GrpoConfig) and config.average.enabled
 
 
+def has_reference(config: Config) -> bool:
+    """Whether the first policy is kept to be compared with."""
+    return isinstance(config, PolicyGradientConfig) and config.kl.where is not KLPlace.none
+
+
+def has_teacher(config: Config) -> bool:
+    """Whether a teacher's weights are kept beside the policy's."""
+    return isinstance(config, SdpoConfig) and config.teacher.mode is not TeacherMode.live
+
+
 def _is_offloaded(config: Config) -> bool:
     if isinstance(config, SdpoConfig):
         return config.teacher.offload
@@ -135,9 +145,9 @@ def _held(case: Case, stage: int) -> Iterator[tuple[str, int]]:
             yield "average of the weights", actor.average
         if not isinstance(config, SdpoConfig):
             yield "model of the average", frozen.weights
-    if isinstance(config, SdpoConfig) and config.teacher.mode is not TeacherMode.live:
+    if has_teacher(config):
         yield "teacher", frozen.weights
-    if isinstance(config, PolicyGradientConfig) and config.kl.where is not KLPlace.none:
+    if has_reference(config):
         yield "reference", frozen.weights
     if case.critic is not None:
         critic = trained_model(case.critic, layout, stage, width)
@@ -167,19 +177,21 @@ def _moments(case: Case, stage: int, micro_batches: int) -> Iterator[tuple[str, 
     trained = trained_model(case.actor, layout, stage, width)
     if keeps_average(config) and trained.gathered:
         yield "the average's way to its model", {"gathered shares": trained.gathered}
-    save = save_bytes(
-        case.actor, layout, stage, width, case.build, average=keeps_average(config), background=_in_background(case)
-    )
-    if case.critic is not None:
-        save += save_bytes(
-            case.critic, layout, stage, width, case.build, average=False, background=_in_background(case)
-        )
+    save = _save(case, stage)
     yield "a save", {"gathered shares": save.device if case.build is Build.te else save.host}
     yield from _rollouts(case, stage)
 
 
-def _in_background(case: Case) -> bool:
-    return case.config.checkpoint.background
+def _save(case: Case, stage: int) -> SaveBytes:
+    """Of all roles of a checkpoint: what the run trains, an average, and models that stay as they are."""
+    config, background = case.config, case.config.checkpoint.background
+    where = (case.layout, stage, case.width, case.build)
+    total = saved_model(case.actor, *where, average=keeps_average(config), background=background)
+    if case.critic is not None:
+        total += saved_model(case.critic, *where, average=False, background=background)
+    if has_reference(config) or (has_teacher(config) and not keeps_average(config)):
+        total += saved_frozen(case.actor, *where, background=background)
+    return total
 
 
 def _rollouts(case: Case, stage: int) -> Iterator[tuple[str, dict[str, int]]]:
@@ -236,19 +248,7 @@ def _on_host(case: Case, stage: int) -> dict[str, int]:
     config = case.config
     host = {}
     if case.build is Build.te:
-        models = [case.actor, *([] if case.critic is None else [case.critic])]
-        host["a save"] = sum(
-            save_bytes(
-                shape,
-                case.layout,
-                stage,
-                case.width,
-                case.build,
-                average=shape is case.actor and keeps_average(config),
-                background=_in_background(case),
-            ).host
-            for shape in models
-        )
+        host["a save"] = _save(case, stage).host
     if keeps_average(config) and _is_offloaded(config):
         host["average of the weights"] = trained_model(case.actor, case.layout, stage, case.width).average
     return host

@@ -27,6 +27,13 @@ def keys_values(shape: ModelShape, width: int, positions: int) -> int:
     return 2 * shape.num_layers * width * shape.num_kv_heads * shape.head_dim * positions
 
 
+def prefill(shape: ModelShape, width: int, tokens: int) -> int:
+    """While prompts are read, in one layer: e tokens (3 F + 4 H), F of as many experts as a token chooses."""
+    experts = shape.experts
+    ffn = shape.ffn_hidden_size if experts is None else experts.top_k * experts.ffn_hidden_size
+    return width * tokens * (3 * ffn + 4 * shape.hidden_size)
+
+
 def longest_answer(config: Config) -> int:
     """Tokens of the longest prompt with the longest answer to it."""
     return config.data.max_prompt_tokens + max(config.rollout.max_new_tokens, config.eval.max_new_tokens or 0)
@@ -60,6 +67,7 @@ def engine_on_rank(config: Config, shape: ModelShape, width: int, world: int) ->
     cache = sequences * keys_values(shape, width, longest_answer(config) - 1)
     # A layer's keys are copied to append to them.
     drawing = DRAW_TENSORS * FLOAT32 * sequences * shape.vocab_size + cache // (2 * shape.num_layers)
+    drawing = max(drawing, prefill(shape, width, sequences * config.data.max_prompt_tokens))
     return EngineBytes(weights=weights, keys_values=cache, drawing=drawing)
 
 

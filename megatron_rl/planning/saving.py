@@ -5,7 +5,14 @@ from dataclasses import dataclass
 from megatron_rl.models.hf_config import ModelShape
 from megatron_rl.planning.activations import Build
 from megatron_rl.planning.layout import Layout
-from megatron_rl.planning.parameters import FLOAT32, buckets, optimizer_tensors, trained_model
+from megatron_rl.planning.parameters import (
+    FLOAT32,
+    buckets,
+    frozen_model,
+    layers_per_chunk,
+    optimizer_tensors,
+    trained_model,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,22 +27,43 @@ class SaveBytes:
         return SaveBytes(device=max(self.device, other.device), host=self.host + other.host)
 
 
-def save_bytes(
+def saved_model(
     shape: ModelShape, layout: Layout, stage: int, width: int, build: Build, *, average: bool, background: bool
 ) -> SaveBytes:
     """Of a model under training, with n float32 numbers of the optimizer, and one of an average, per parameter.
 
     On CUDA a bucket at a time is gathered on the device; the host gets (e + 4 n) P, whether in the background or not.
-    On a CPU both are one: tensors that share storage are copied to be written, the others only in the background.
+    On a CPU both are one. What ranks share is gathered whole. Tensors that lie in the storage of others are copied to
+    be written: weights, what was gathered, and the halves of gated projections; the rest only in the background.
     """
     held = buckets(shape, layout, stage)
     numbers = optimizer_tensors(width) + average
     elements = sum(bucket.elements for bucket in held)
-    gathered = trained_model(shape, layout, stage, width).gathered
     if build is Build.te:
+        gathered = trained_model(shape, layout, stage, width).gathered
         return SaveBytes(device=gathered, host=(width + FLOAT32 * numbers) * elements)
-    shared = sum(bucket.padded for bucket in held if bucket.shared_by > 1)
-    whole = FLOAT32 * numbers * shared  # every rank has it, and the first of them copies it
-    written = width * elements + FLOAT32 * numbers * sum(b.elements for b in held if b.shared_by > 1)
+    shared = [bucket for bucket in held if bucket.shared_by > 1]
+    gathered = FLOAT32 * numbers * sum(bucket.padded for bucket in shared)
+    copied = sum(bucket.elements for bucket in shared) or gated_elements(shape, layout, stage)
+    written = width * elements + FLOAT32 * numbers * copied
     copies = (width + FLOAT32 * numbers) * elements if background else 0
-    return SaveBytes(device=0, host=whole + written + copies)
+    return SaveBytes(device=0, host=gathered + written + copies)
+
+
+def saved_frozen(
+    shape: ModelShape, layout: Layout, stage: int, width: int, build: Build, *, background: bool
+) -> SaveBytes:
+    """Of a model that is only read, e P on the host; on a CPU the halves of gated projections are copied."""
+    weights = frozen_model(shape, layout, stage, width).weights
+    if build is Build.te:
+        return SaveBytes(device=0, host=weights)
+    return SaveBytes(device=0, host=width * gated_elements(shape, layout, stage) + (weights if background else 0))
+
+
+def gated_elements(shape: ModelShape, layout: Layout, stage: int) -> int:
+    """Of a stage's gate and up projections, which one parameter holds and two tensors are saved of."""
+    layers = layout.vpp * layers_per_chunk(shape, layout, stage)
+    if shape.experts is None:
+        return layers * 2 * shape.ffn_hidden_size // layout.tp * shape.hidden_size
+    experts = shape.experts.num_experts // layout.ep
+    return layers * experts * 2 * shape.experts.ffn_hidden_size // layout.etp * shape.hidden_size
