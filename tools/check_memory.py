@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-PROMPT, ANSWER, VOCABULARY = 64, 64, 2048
+PROMPT, ANSWER, VOCABULARY = 8, 120, 2048
 SIZES = {
     "hidden_size": 256,
     "intermediate_size": 704,
@@ -367,7 +367,7 @@ def main(say: Callable[[str], None] = print) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("docs/results/memory"))
     parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES))
-    parser.add_argument("--scale", type=int, default=4, help="of a micro-batch's tokens, 512 each")
+    parser.add_argument("--scale", type=int, default=2, help="of a micro-batch's tokens, 512 each")
     arguments = parser.parse_args()
     rows: list[Measured] = []
     for name in arguments.only:

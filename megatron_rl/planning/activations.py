@@ -131,8 +131,9 @@ def kept_bytes(at: Pass, stage: int, micro_batches: int) -> int:
         kept += (layers - 1) * max(at.dispatched - at.stream, 0)
     if at.layout.pp > 1:
         received, sent = stage > 0, at.build is Build.local and stage < at.layout.pp - 1
-        known = at.layout.recompute or (at.build is Build.local and at.width == FLOAT32)
-        kept += passes * at.stream * ((received and not known) + sent)
+        # The first norm keeps what was received, but for torch's, which keeps it in float32.
+        widened = at.build is Build.local and at.width < FLOAT32 and not at.layout.recompute
+        kept += passes * at.stream * ((received and widened) + sent)
     return kept
 
 
