@@ -36,7 +36,10 @@ SIZES = {
     "max_position_embeddings": 512,
     "vocab_size": VOCABULARY,
 }
-EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 320}
+EXPERTS = {
+    "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 320},
+    "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 320},
+}
 
 
 class Measured(NamedTuple):
@@ -73,10 +76,14 @@ CASES = {
     "qwen3_fp32_tp2_pp2_recompute": Setting(
         4, "grpo", "qwen3", False, {**TP2, "parallel.pp": 2, "parallel.recompute": True}
     ),
+    "llama_fp32_sdpo_mixed": Setting(
+        1, "sdpo", "llama", False, {"distill.support": "full", "teacher.mode": "trust_region", "teacher.rate": 0.5}
+    ),
     "qwen2_fp32_pp2_vpp2": Setting(2, "grpo", "qwen2", False, {"parallel.pp": 2, "parallel.vpp": 2}),
     "llama_fp32_tp2_dp2": Setting(4, "grpo", "llama", True, {"parallel.tp": 2, "average.enabled": True}),
     "llama_bf16_recompute": Setting(1, "grpo", "llama", True, {**BF16, "parallel.recompute": True}),
     "qwen3_moe_bf16_tp2_ep2": Setting(2, "grpo", "qwen3_moe", False, {**BF16, **TP2, "parallel.ep": 2}),
+    "mixtral_bf16_tp2_etp2": Setting(2, "grpo", "mixtral", False, {**BF16, **TP2, "parallel.etp": 2}),
     "qwen3_moe_fp32_ep2_recompute": Setting(
         2, "grpo", "qwen3_moe", False, {"parallel.ep": 2, "parallel.recompute": True}
     ),
@@ -135,7 +142,7 @@ def write_model(directory: Path, setting: Setting) -> None:
         "qwen3_moe": Qwen3MoeConfig,
         "mixtral": MixtralConfig,
     }
-    sizes = SIZES | (EXPERTS if setting.family == "qwen3_moe" else {})
+    sizes = SIZES | EXPERTS.get(setting.family, {})
     if "qwen3" in setting.family:
         sizes["head_dim"] = 32
     families[setting.family](tie_word_embeddings=setting.tied, eos_token_id=VOCABULARY - 1, **sizes).save_pretrained(

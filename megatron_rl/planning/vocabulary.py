@@ -50,12 +50,12 @@ def teacher_head_bytes(tokens: int, hidden: int, rows: int, width: int, *, liste
     """A second head on the same tokens, beside the student's: its hidden states e N H, and what its chunks take.
 
     A list of k ids costs both heads 12 N k twice, while it is sorted. The `full` vocabulary keeps the teacher's logits
-    and chunks of both in float32, six of them. A `mixed` head is two side by side: 2 e V' H, and e N H more.
+    and three more chunks in float32. A `mixed` head is two side by side: 2 e V' H, and e N H more.
     """
     columns = min(VOCABULARY_CHUNK, rows)
     states = (1 + mixed) * width * tokens * hidden + (2 * width * rows * hidden if mixed else 0)
     lists = 2 * 2 * 12 * tokens * listed
     chunks = chunk_buffers(tokens, rows, width) + FLOAT32 * tokens * columns
     if full:
-        chunks += kept_logits(tokens, rows, width) + 6 * FLOAT32 * tokens * columns
+        chunks += kept_logits(tokens, rows, width) + 3 * FLOAT32 * tokens * columns
     return states + lists + chunks

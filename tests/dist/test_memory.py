@@ -20,7 +20,9 @@ LONG = (
     "qwen2_fp32_pp2_vpp2",
     "llama_fp32_tp2_dp2",
     "llama_bf16_recompute",
+    "llama_fp32_sdpo_mixed",
     "qwen3_moe_bf16_tp2_ep2",
+    "mixtral_bf16_tp2_etp2",
     "qwen3_moe_fp32_ep2_recompute",
 )
 
