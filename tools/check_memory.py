@@ -374,7 +374,7 @@ def main(say: Callable[[str], None] = print) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("docs/results/memory"))
     parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES))
-    parser.add_argument("--scale", type=int, default=2, help="of a micro-batch's tokens, 512 each")
+    parser.add_argument("--scale", type=int, default=1, help="of a micro-batch's tokens, 512 each")
     arguments = parser.parse_args()
     rows: list[Measured] = []
     for name in arguments.only:

@@ -15,7 +15,7 @@ from megatron_rl.config.load import load_config
 from megatron_rl.models.hf_config import ModelShape, model_shape
 from megatron_rl.planning.advice import fullest_rank
 from megatron_rl.planning.layout import Layout
-from megatron_rl.planning.memory import Case
+from megatron_rl.planning.memory import Case, footprint
 from megatron_rl.planning.page import SPARE
 from megatron_rl.planning.parameters import model_parameters
 from megatron_rl.planning.schedule import longest_step, schedule
@@ -31,6 +31,18 @@ OPTIONS = {
     "rollout": {"group_size": 8, "max_new_tokens": ANSWER, "vllm": {"kv_cache_gb": 16.0, "sleep": True}},
     "run": {"dir": "run"},
 }
+COLUMNS = (
+    "GPUs",
+    "layout",
+    "recompute",
+    "policy",
+    "other models",
+    "update",
+    "save",
+    "colocated",
+    "host",
+    "micro-batches",
+)
 GRPO = {"trainer": "grpo"}
 REFERENCE = {"trainer": "grpo", "kl": {"where": "loss"}}
 SDPO = {"trainer": "sdpo"}
@@ -169,36 +181,35 @@ def planned(model: Model, row: Row, engine: str) -> Case:
 
 
 def line(model: Model, row: Row) -> str:
-    """What is held, the peaks with either place of the engine, and the cut of a step."""
+    """What is held, the peaks in an update and elsewhere, with either place of the engine, and the cut of a step."""
     served, together = (planned(model, row, engine) for engine in ("vllm_server", "vllm"))
     lengths = longest_step(served.config)
-    found, beside = fullest_rank(served, lengths), fullest_rank(together, lengths)
     cut = schedule(served.config, served.layout, lengths)
-    own = sum(found.held[part] for part in ("weights", "gradients", "optimizer"))
+    stages = [footprint(served, stage, cut.micro_batches) for stage in range(served.layout.pp)]
+    first = max(stages, key=lambda stage: stage.between_steps)
+    own = sum(first.held[part] for part in ("weights", "gradients", "optimizer"))
     where = row.parallel
-    names = ("tp", "pp", "vpp", "ep")
-    placed = " ".join(f"{name}={where[name]}" for name in names if where[name] > 1) or "tp=1"
+    placed = " ".join(f"{name}={where[name]}" for name in ("tp", "pp", "vpp", "ep") if where[name] > 1) or "tp=1"
     cells = [
         row.what,
         str(row.gpus),
         placed,
         "yes" if where["recompute"] else "no",
-        gigabytes(own),
-        gigabytes(found.between_steps - own),
-        gigabytes(found.peak) + fits(found.peak),
-        gigabytes(beside.peak) + fits(beside.peak),
-        gigabytes(found.host["a save"]),
+        f"{own / 1e9:.1f}",
+        f"{(first.between_steps - own) / 1e9:.1f}",
+        judged(max(stage.at(name) for stage in stages for name in stage.moments if "update" in name)),
+        judged(max(stage.at(name) for stage in stages for name in stage.moments if "update" not in name)),
+        judged(fullest_rank(together, lengths).peak),
+        f"{max(stage.host['a save'] for stage in stages) / 1e9:.1f}",
         str(cut.micro_batches),
     ]
     return "| " + " | ".join(cells) + " |"
 
 
-def gigabytes(size: int) -> str:
-    return f"{size / 1e9:.1f}"
-
-
-def fits(peak: int) -> str:
-    return "" if peak <= (1 - SPARE) * MEMORY else " (too much)"
+def judged(peak: int) -> str:
+    """Gigabytes, in brackets where they leave less than is to be left."""
+    text = f"{peak / 1e9:.1f}"
+    return text if peak <= (1 - SPARE) * MEMORY else f"({text})"
 
 
 def tables() -> str:
@@ -210,9 +221,8 @@ def tables() -> str:
             "",
             f"{model_parameters(shape_of(model)) / 1e9:.2f}B parameters; config.json of {model.source}.",
             "",
-            "| | GPUs | layout | recompute | policy | other models | peak, servers | peak, colocated | host, save "
-            "| micro-batches |",
-            "|---|---|---|---|---|---|---|---|---|---|",
+            f"| | {' | '.join(COLUMNS)} |",
+            "|---" * (1 + len(COLUMNS)) + "|",
             *(line(model, row) for row in ROWS[name]),
             "",
         ]

@@ -251,4 +251,8 @@ def _on_host(case: Case, stage: int) -> dict[str, int]:
         host["a save"] = _save(case, stage).host
     if keeps_average(config) and _is_offloaded(config):
         host["average of the weights"] = trained_model(case.actor, case.layout, stage, case.width).average
+    if _sleeps(config):
+        engine = engine_on_rank(config, case.actor, case.width, case.world)
+        given = -sum(size for part, size in _given_back(case, stage).items() if part.endswith("optimizer"))
+        host["whoever sleeps"] = max(engine.weights, given)
     return host

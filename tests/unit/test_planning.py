@@ -163,6 +163,7 @@ def test_sleep_takes_turns(tmp_path: Path, model: Path) -> None:
     assert awake.between_steps - asleep.between_steps == kept
     assert asleep.at("rollouts") == asleep.held["weights"] + kept
     assert asleep.at("update, the loss") == awake.at("update, the loss") - kept
+    assert asleep.host["whoever sleeps"] == max(asleep.held["optimizer"], awake.held["engine: weights"])
 
 
 def test_what_the_schedule_says(tmp_path: Path, model: Path) -> None:
