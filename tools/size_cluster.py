@@ -13,9 +13,9 @@ import yaml
 
 from megatron_rl.config.load import load_config
 from megatron_rl.models.hf_config import ModelShape, model_shape
-from megatron_rl.planning.advice import fullest_rank
+from megatron_rl.planning.advice import fullest_rank, stages
 from megatron_rl.planning.layout import Layout
-from megatron_rl.planning.memory import Case, footprint
+from megatron_rl.planning.memory import Case
 from megatron_rl.planning.page import SPARE
 from megatron_rl.planning.parameters import model_parameters
 from megatron_rl.planning.schedule import longest_step, schedule
@@ -185,8 +185,8 @@ def line(model: Model, row: Row) -> str:
     served, together = (planned(model, row, engine) for engine in ("vllm_server", "vllm"))
     lengths = longest_step(served.config)
     cut = schedule(served.config, served.layout, lengths)
-    stages = [footprint(served, stage, cut.micro_batches) for stage in range(served.layout.pp)]
-    first = max(stages, key=lambda stage: stage.between_steps)
+    ranks = stages(served, lengths)
+    first = max(ranks, key=lambda rank: rank.between_steps)
     own = sum(first.held[part] for part in ("weights", "gradients", "optimizer"))
     where = row.parallel
     placed = " ".join(f"{name}={where[name]}" for name in ("tp", "pp", "vpp", "ep") if where[name] > 1) or "tp=1"
@@ -197,10 +197,10 @@ def line(model: Model, row: Row) -> str:
         "yes" if where["recompute"] else "no",
         f"{own / 1e9:.1f}",
         f"{(first.between_steps - own) / 1e9:.1f}",
-        judged(max(stage.at(name) for stage in stages for name in stage.moments if "update" in name)),
-        judged(max(stage.at(name) for stage in stages for name in stage.moments if "update" not in name)),
+        judged(max(rank.at(name) for rank in ranks for name in rank.moments if "update" in name)),
+        judged(max(rank.at(name) for rank in ranks for name in rank.moments if "update" not in name)),
         judged(fullest_rank(together, lengths).peak),
-        f"{max(stage.host['a save'] for stage in stages) / 1e9:.1f}",
+        f"{max(rank.host['a save'] for rank in ranks) / 1e9:.1f}",
         str(cut.micro_batches),
     ]
     return "| " + " | ".join(cells) + " |"

@@ -35,10 +35,15 @@ class Advice:
         return " ".join(f"{key}={_shown(value)}" for key, value in self.options.items())
 
 
-def fullest_rank(case: Case, lengths: Sequence[int]) -> Footprint:
-    """That of the stage with the highest peak; `lengths` are those of a step's samples."""
+def stages(case: Case, lengths: Sequence[int]) -> list[Footprint]:
+    """A rank of each pipeline stage; `lengths` are those of a step's samples."""
     micro_batches = schedule(case.config, case.layout, lengths).micro_batches
-    return max((footprint(case, stage, micro_batches) for stage in range(case.layout.pp)), key=lambda f: f.peak)
+    return [footprint(case, stage, micro_batches) for stage in range(case.layout.pp)]
+
+
+def fullest_rank(case: Case, lengths: Sequence[int]) -> Footprint:
+    """That of the stage with the highest peak."""
+    return max(stages(case, lengths), key=lambda found: found.peak)
 
 
 def advise(case: Case, lengths: Sequence[int], room: int) -> tuple[list[Advice], Advice | None]:

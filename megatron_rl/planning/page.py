@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from megatron_rl.config.rules import ConfigError
 from megatron_rl.config.schema import EngineName
 from megatron_rl.planning.activations import Build
-from megatron_rl.planning.advice import advise, fullest_rank
+from megatron_rl.planning.advice import advise, stages
 from megatron_rl.planning.memory import Case, Footprint
 from megatron_rl.planning.rollouts import answers, keys_values, longest_answer, served_bytes
 from megatron_rl.planning.schedule import Schedule, schedule
@@ -35,13 +35,15 @@ def describe_plan(case: Case, lengths: Sequence[int], memory: int) -> tuple[str,
 
     `lengths` are those of a step's samples.
     """
-    found, room = fullest_rank(case, lengths), int((1 - SPARE) * memory)
+    ranks, room = stages(case, lengths), int((1 - SPARE) * memory)
+    found = max(ranks, key=lambda rank: rank.peak)
     fits = found.peak <= room
     verdict = "fits" if fits else f"does not fit: {shown(found.peak - room)} too much"
     lines = [
         *_heading(case, found),
         *_table(found),
         "",
+        *(f"stage {rank.stage}: peak {shown(rank.peak)}, {rank.fullest}" for rank in ranks if len(ranks) > 1),
         f"peak {shown(found.peak)} of {shown(memory)}, {SPARE:.0%} of it left for what is not counted: {verdict}",
         *([] if fits else _advice(case, lengths, found.peak, room)),
         *_beside(case, found),
@@ -81,7 +83,8 @@ def _advice(case: Case, lengths: Sequence[int], peak: int, room: int) -> list[st
     lines = ["to change:"] if each else []
     for advice in each[:SHOWN_OPTIONS]:
         end = ", and it fits" if advice.peak <= room else ""
-        lines.append(f"  {advice}  takes off {shown(peak - advice.peak)}{end}")
+        other = "; the numbers become others" if "model.dtype" in advice.options else ""
+        lines.append(f"  {advice}  takes off {shown(peak - advice.peak)}{end}{other}")
     if together is None:
         lines.append("  no row of such options fits: take more GPUs, or a smaller model")
     elif not each or each[0].peak > room:
@@ -95,7 +98,8 @@ def _beside(case: Case, found: Footprint) -> list[str]:
     lines = [f"host memory of the rank, {name}: {shown(size)}" for name, size in found.host.items()]
     if not answers(config) or rollout.engine is EngineName.hf:
         return lines
-    one = keys_values(case.actor, case.width, longest_answer(config)) // rollout.vllm.tp
+    heads = case.actor.num_kv_heads
+    one = keys_values(case.actor, case.width, longest_answer(config)) * -(-heads // rollout.vllm.tp) // heads
     at_once = int(rollout.vllm.kv_cache_gb * 2**30) // one
     lines.append(
         f"the engine's cache holds {at_once} answers at their longest, {shown(one)} each; "

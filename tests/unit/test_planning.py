@@ -197,6 +197,8 @@ def test_the_page_names_the_worst_and_a_way_out(tmp_path: Path, model: Path) -> 
     assert fits and "fits" in text and "to change" not in text
     text, fits = describe_plan(case, lengths, peak)
     assert not fits and "parallel.recompute=true  takes off" in text
+    text, _ = describe_plan(case_of(tmp_path, model, parallel={"pp": 2}), lengths, peak)
+    assert "stage 0: peak" in text and "stage 1: peak" in text
 
 
 @pytest.mark.parametrize(("text", "size"), [("80GB", 80 * 10**9), ("1.5GiB", 3 * 2**29), ("40 MB", 40 * 10**6)])
