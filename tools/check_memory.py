@@ -5,7 +5,7 @@
 Each case is a config. Its ranks are started, its trainer is built, an engine answers, an update is made of full
 micro-batches, a checkpoint is saved. What is held are the bytes of all storages that tensors of the process have,
 looked at after every operator (`LiveBytes`); scratch memory inside of a kernel is not seen. A prediction is made for
-the layers that run here (Build.local). `memory.csv` has every rank, `summary.md` the farthest off; both are made anew.
+the layers that run here (Build.local). `memory.csv` has every rank; both files are made anew.
 """
 
 import argparse
@@ -46,6 +46,7 @@ class Measured(NamedTuple):
     """Bytes of one rank: of a part, or of everything in a moment."""
 
     case: str
+    stage: int
     rank: int
     what: str
     predicted: int
@@ -236,11 +237,11 @@ def measure(name: str, path: str) -> list[Measured]:
         "update": max(found.at(name) for name in found.moments if "update" in name),
         "a save": found.at("a save"),
     }
-    rows = [Measured(name, mesh.rank, part, found.held[part], size) for part, size in parts(trainer, averaged).items()]
-    rows.append(Measured(name, mesh.rank, "held between steps", found.between_steps, held))
+    rows = [Measured(*place, part, found.held[part], size) for part, size in parts(trainer, averaged).items()]
+    rows.append(Measured(*place, "held between steps", found.between_steps, held))
     peak = peaks["update"] - held
-    rows.append(Measured(name, mesh.rank, "activations", predicted["update"] - found.between_steps, peak))
-    return rows + [Measured(name, mesh.rank, what, predicted[what], peak) for what, peak in peaks.items()]
+    rows.append(Measured(*place, "activations", predicted["update"] - found.between_steps, peak))
+    return rows + [Measured(*place, what, predicted[what], peak) for what, peak in peaks.items()]
 
 
 @contextmanager
@@ -345,20 +346,30 @@ def run(name: str, scale: int) -> list[Measured]:
         return [Measured(*row) for rank in ranks for row in json.loads(Path(folder, f"{rank}.json").read_text())]
 
 
+def fullest(rows: list[Measured]) -> list[Measured]:
+    """Of each case, stage and part the rank that held most: a prediction is for that one."""
+    found: dict[tuple[str, int, str], Measured] = {}
+    for row in rows:
+        key = row.case, row.stage, row.what
+        if key not in found or row.measured > found[key].measured:
+            found[key] = row
+    return list(found.values())
+
+
 def summary(rows: list[Measured], date: str) -> str:
-    """For each case and part the rank whose ratio is farthest from one."""
+    """For each case and part the stage whose ratio is farthest from one."""
     lines = [
         "# Predicted against measured memory",
         "",
-        f"`tools/check_memory.py`, on a CPU, {date}. Megabytes, of the rank that is farthest off; the ratio is of the",
-        "prediction to what was measured. A moment counts what is held between steps too; `activations` is an update's",
-        "peak without that.",
+        f"`tools/check_memory.py`, on a CPU, {date}. Megabytes of the fullest rank, in a pipeline of the stage that is",
+        "farthest off; the ratio is of the prediction to what was measured. A moment counts what is held between steps",
+        "too; `activations` is an update's peak without that.",
         "",
         "| case | what | predicted | measured | ratio |",
         "|---|---|---|---|---|",
     ]
     worst: dict[tuple[str, str], Measured] = {}
-    for row in rows:
+    for row in fullest(rows):
         known = worst.get((row.case, row.what))
         if known is None or abs(row.ratio - 1) > abs(known.ratio - 1):
             worst[row.case, row.what] = row
@@ -368,6 +379,17 @@ def summary(rows: list[Measured], date: str) -> str:
     farthest = max(worst.values(), key=lambda row: abs(row.ratio - 1))
     lines += ["", f"The farthest is {farthest.case}, {farthest.what}: {farthest.ratio:.3f}."]
     return "\n".join(lines) + "\n"
+
+
+def write(out: Path, rows: list[Measured]) -> None:
+    """The table and its summary, of what is there so far."""
+    out.mkdir(parents=True, exist_ok=True)
+    date = datetime.datetime.now(datetime.UTC).date().isoformat()
+    with (out / "memory.csv").open("w", newline="") as lines:
+        writer = csv.writer(lines, lineterminator="\n")
+        writer.writerow([*Measured._fields, "date"])
+        writer.writerows([*row, date] for row in rows)
+    (out / "summary.md").write_text(summary(rows, date))
 
 
 def main(say: Callable[[str], None] = print) -> None:
@@ -380,14 +402,8 @@ def main(say: Callable[[str], None] = print) -> None:
     for name in arguments.only:
         found = run(name, arguments.scale)
         rows += found
-        say(f"{name}: " + ", ".join(f"{r.what} {r.ratio:.3f}" for r in found if r.rank == 0))
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    date = datetime.datetime.now(datetime.UTC).date().isoformat()
-    with (arguments.out / "memory.csv").open("w", newline="") as lines:
-        writer = csv.writer(lines, lineterminator="\n")
-        writer.writerow([*Measured._fields, "date"])
-        writer.writerows([*row, date] for row in rows)
-    (arguments.out / "summary.md").write_text(summary(rows, date))
+        say(f"{name}: " + ", ".join(f"{r.what} {r.ratio:.3f}" for r in fullest(found)))
+        write(arguments.out, rows)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ COLUMNS = (
     "policy",
     "other models",
     "update",
-    "save",
+    "else",
     "colocated",
     "host",
     "micro-batches",

@@ -107,12 +107,12 @@ def trained_model(shape: ModelShape, layout: Layout, stage: int, width: int) -> 
         weights width P,    gradients 4 P,    optimizer 4 n P / d,    an average of the weights 4 P / d
 
     n is 2 for Adam's moments, and 3 where float32 master weights are kept beside narrower ones. To write an average to
-    its model, or a checkpoint, one bucket after the other is gathered: 4 P + 4 P / d where d is more than 1.
+    its model, or a checkpoint, one parameter after the other is gathered where d is more than 1: 4 bytes an element.
     """
     held = buckets(shape, layout, stage)
     total = sum(bucket.padded for bucket in held)
     share = sum(FLOAT32 * bucket.padded // bucket.shared_by for bucket in held)
-    gathered = [FLOAT32 * (b.padded + b.padded // b.shared_by) for b in held if b.shared_by > 1]
+    gathered = [FLOAT32 * max(bucket.parameters) for bucket in held if bucket.shared_by > 1]
     return ModelBytes(
         weights=width * total,
         gradients=FLOAT32 * total,

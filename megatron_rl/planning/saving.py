@@ -23,7 +23,7 @@ class SaveBytes:
     host: int
 
     def __add__(self, other: "SaveBytes") -> "SaveBytes":
-        # On the device one bucket follows the other, on the host everything comes together.
+        # On the device one parameter follows the other, on the host everything comes together.
         return SaveBytes(device=max(self.device, other.device), host=self.host + other.host)
 
 
@@ -32,9 +32,9 @@ def saved_model(
 ) -> SaveBytes:
     """Of a model under training, with n float32 numbers of the optimizer, and one of an average, per parameter.
 
-    On CUDA a bucket at a time is gathered on the device; the host gets (e + 4 n) P, whether in the background or not.
-    On a CPU both are one. What ranks share is gathered whole. Tensors that lie in the storage of others are copied to
-    be written: weights, what was gathered, and the halves of gated projections; the rest only in the background.
+    On CUDA a parameter at a time is gathered on the device; the host gets (e + 4 n) P, in the background or not. On a
+    CPU both are one, and this is of the rank that writes: what ranks share is gathered, and tensors that lie in the
+    storage of others, weights and the halves of gated projections, are copied; in the background all that is written.
     """
     held = buckets(shape, layout, stage)
     numbers = optimizer_tensors(width) + average
@@ -42,10 +42,8 @@ def saved_model(
     if build is Build.te:
         gathered = trained_model(shape, layout, stage, width).gathered
         return SaveBytes(device=gathered, host=(width + FLOAT32 * numbers) * elements)
-    shared = [bucket for bucket in held if bucket.shared_by > 1]
-    gathered = FLOAT32 * numbers * sum(bucket.padded for bucket in shared)
-    copied = sum(bucket.elements for bucket in shared) or gated_elements(shape, layout, stage)
-    written = width * elements + FLOAT32 * numbers * copied
+    gathered = FLOAT32 * numbers * sum(bucket.elements for bucket in held if bucket.shared_by > 1)
+    written = width * elements + FLOAT32 * numbers * gated_elements(shape, layout, stage)
     copies = (width + FLOAT32 * numbers) * elements if background else 0
     return SaveBytes(device=0, host=gathered + written + copies)
 
