@@ -237,6 +237,7 @@ def measure(name: str, path: str) -> list[Measured]:
         "update": max(found.at(name) for name in found.moments if "update" in name),
         "a save": found.at("a save"),
     }
+    place = name, mesh.pp_rank, mesh.rank
     rows = [Measured(*place, part, found.held[part], size) for part, size in parts(trainer, averaged).items()]
     rows.append(Measured(*place, "held between steps", found.between_steps, held))
     peak = peaks["update"] - held
