@@ -5,12 +5,14 @@ goes to it. On a list of ids, the student's or the teacher's most likely, `paire
 both, and a loss is made of them elsewhere; over the full vocabulary the sum itself is streamed, in `full_divergence`.
 """
 
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_rl.ops.dispatch import uses_triton
 from megatron_rl.ops.linear_stats import LinearStats, linear_stats, stats_of
 from megatron_rl.ops.logit_stream import VOCABULARY_CHUNK, add_mm_, exp_, keeping, logit_chunks
 from megatron_rl.ops.summary import FLOOR, summarise, within
@@ -194,9 +196,13 @@ class _FullDivergence(torch.autograd.Function):
             hidden, weight, teacher_hidden, teacher_weight, *log_totals, labels - shard.start, stats[0].entropy
         )
         ctx.shard, ctx.temperatures, ctx.alpha, ctx.chunk, ctx.kept = shard, temperatures, alpha, chunk, kept
-        sums = hidden.new_zeros(hidden.shape[0], 2, dtype=log_totals[0].dtype)
-        for _, student, teacher in _log_prob_chunks(ctx, hidden, weight, teacher_hidden, teacher_weight, *log_totals):
-            sums += _sums(student, teacher, alpha)
+        tensors = (hidden, weight, teacher_hidden, teacher_weight, *log_totals)
+        if uses_triton(hidden):
+            from megatron_rl.ops.triton import divergence as kernels
+
+            sums = kernels.shard_sums(ctx, tensors)
+        else:
+            sums = _shard_sums(ctx, tensors)
         loss, ctx.slopes = shard.all_gather(sums).sum(0).unbind(1)
         results = [x for s in stats for x in (s.logp, s.entropy, s.largest_ids)]
         ctx.mark_non_differentiable(*[x for x in results[2:] if x is not None])
@@ -212,20 +218,42 @@ class _FullDivergence(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden, dtype=entropy.dtype)
         grad_weight = torch.empty_like(weight)
         grad_weight[ctx.shard.size :] = 0
-        of_loss, of_logp, of_entropy = (
-            None if g is None else g[:, None] / ctx.temperatures[0] for g in (grad_loss, grad_logp, grad_entropy)
-        )
-        for columns, student, teacher in _log_prob_chunks(ctx, hidden, weight, *rest):
-            wide: Any = 0
-            if of_logp is not None or of_entropy is not None:
-                wide = _slope_of_stats(student, of_logp, of_entropy, entropy[:, None], labels - columns.start)
-            if of_loss is not None:
-                wide = _slope(student, teacher, ctx.alpha, ctx.slopes[:, None]).mul_(of_loss).add_(wide)
-            grad = wide.to(hidden.dtype)
+        grads = [None if g is None else g / ctx.temperatures[0] for g in (grad_loss, grad_logp, grad_entropy)]
+        arguments = (ctx, (hidden, weight, *rest), labels, entropy, grads)
+        if uses_triton(hidden):
+            from megatron_rl.ops.triton import divergence as kernels
+
+            chunks = kernels.gradients(*arguments)
+        else:
+            chunks = _gradients(*arguments)
+        for columns, grad in chunks:
             torch.mm(grad.t(), hidden, out=grad_weight[columns])
             add_mm_(grad_hidden, grad, weight[columns])
         ctx.kept = [None, None]
         return grad_hidden.to(hidden.dtype), grad_weight, *[None] * 8
+
+
+def _shard_sums(ctx: Any, tensors: tuple[Tensor, ...]) -> Tensor:
+    """[N, 2]: the shard's part of the divergence, and of sum_v dL / dlog s_v."""
+    log_total = tensors[-1]
+    sums = log_total.new_zeros(len(log_total), 2)
+    for _, student, teacher in _log_prob_chunks(ctx, *tensors):
+        sums += _sums(student, teacher, ctx.alpha)
+    return sums
+
+
+def _gradients(
+    ctx: Any, tensors: tuple[Tensor, ...], labels: Tensor, entropy: Tensor, grads: list[Tensor | None]
+) -> Iterator[tuple[slice, Tensor]]:
+    """(columns, gradient [N, columns] of the student's logits)."""
+    of_loss, of_logp, of_entropy = (None if g is None else g[:, None] for g in grads)
+    for columns, student, teacher in _log_prob_chunks(ctx, *tensors):
+        wide: Any = 0
+        if of_logp is not None or of_entropy is not None:
+            wide = _slope_of_stats(student, of_logp, of_entropy, entropy[:, None], labels - columns.start)
+        if of_loss is not None:
+            wide = _slope(student, teacher, ctx.alpha, ctx.slopes[:, None]).mul_(of_loss).add_(wide)
+        yield columns, wide.to(tensors[0].dtype)
 
 
 def _log_prob_chunks(
@@ -236,7 +264,7 @@ def _log_prob_chunks(
     teacher_weight: Tensor,
     log_total: Tensor,
     teacher_log_total: Tensor,
-) -> Any:
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """(columns, log s, log t), each [N, columns], no less than the floor."""
     size = ctx.shard.size
     student = logit_chunks(hidden, weight[:size], ctx.temperatures[0], ctx.chunk, ctx.kept[0])

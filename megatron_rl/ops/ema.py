@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from megatron_rl.ops.dispatch import uses_triton
+
 
 def decay(
     num_updates: int,
@@ -35,14 +37,29 @@ def decay(
 
 
 @torch.no_grad()
-def ema_update_(averages: Sequence[Tensor], weights: Sequence[Tensor], decay: float) -> None:
+def ema_update_(
+    averages: Sequence[Tensor], weights: Sequence[Tensor], decay: float, *, copies: Sequence[Tensor] | None = None
+) -> None:
     """averages <- decay averages + (1 - decay) weights, one by one; exactly the weights at decay 0, unchanged at 1.
 
-    Both are lists of tensors of the same shapes and dtypes, float32 or float64: shards of flat buffers, or parameters.
+    The averages are float32 or float64, and the weights have their shapes and dtypes: shards of flat buffers, or
+    parameters. `copies` of the same shapes, float32 or narrower, are what a model computes with; they become the
+    averages, rounded.
     """
     assert 0 <= decay <= 1, decay
     for average, weight in zip(averages, weights, strict=True):
         assert average.dtype == weight.dtype and average.dtype in (torch.float32, torch.float64), average.dtype
         assert average.shape == weight.shape, (average.shape, weight.shape)
-    if averages:
-        torch._foreach_lerp_(list(averages), list(weights), 1 - decay)
+    for average, copy in zip(averages, copies or averages, strict=True):
+        assert average.shape == copy.shape, (average.shape, copy.shape)
+        assert copies is None or copy.dtype != torch.float64, copy.dtype
+    if not averages:
+        return
+    if uses_triton(averages[0]):
+        from megatron_rl.ops.triton import average as kernels
+
+        kernels.ema_update_(averages, weights, copies, decay)
+        return
+    torch._foreach_lerp_(list(averages), list(weights), 1 - decay)
+    if copies is not None:
+        torch._foreach_copy_(list(copies), list(averages))

@@ -15,13 +15,15 @@ From upstream g_y, g_H, g_tail, and g_j for the listed columns j, the gradient i
 All of it but p_v is known on every rank, so the backward pass has no collective.
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_rl.ops.logit_stream import VOCABULARY_CHUNK, add_mm_, exp_, keeping, logit_chunks
+from megatron_rl.ops.dispatch import uses_triton
+from megatron_rl.ops.logit_stream import VOCABULARY_CHUNK, add_mm_, exp_, keeping, logit_chunks, product_chunks
 from megatron_rl.ops.summary import FLOOR, Summary, summarise, within
 from megatron_rl.ops.topk import Places
 from megatron_rl.ops.vocab_shard import VocabShard
@@ -131,8 +133,7 @@ class _LinearStats(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden, dtype=summary.top.dtype)
         grad_weight = torch.empty_like(weight)
         grad_weight[ctx.shard.size :] = 0
-        for columns, logits in logit_chunks(hidden, weight[: ctx.shard.size], ctx.temperature, ctx.chunk, ctx.kept):
-            grad = slope.of_(logits, columns, local_labels).to(hidden.dtype)
+        for columns, grad in slope.chunks(hidden, weight[: ctx.shard.size], local_labels, ctx.temperature, ctx.kept):
             # All tokens at once, so each row of the weight's gradient is rounded once.
             torch.mm(grad.t(), hidden, out=grad_weight[columns])
             add_mm_(grad_hidden, grad, weight[columns])
@@ -169,8 +170,10 @@ class _Slope:
     ) -> None:
         total = summary.total
         self.top, self.grad_logp = summary.top, torch.zeros_like(total) if grad_logp is None else grad_logp
+        self.size, self.chunk = shard.size, chunk
         common = self.grad_logp
-        self.places: Places | None = None
+        self.ids: Tensor | None = None
+        self.listed: Tensor | None = None
         if grad_topk is not None or grad_tail is not None:
             assert ids is not None and summary.listed is not None
             topk = torch.zeros_like(summary.listed) if grad_topk is None else grad_topk
@@ -178,22 +181,33 @@ class _Slope:
             bounded = summary.rest / total <= torch.finfo(total.dtype).tiny
             tail = torch.zeros_like(total) if grad_tail is None else grad_tail.where(~bounded, 0)
             common = common + topk.sum(1) + tail
-            self.places = Places(ids - shard.start, shard.size, chunk)
+            self.ids = ids - shard.start
         # Outside the list the gradient is e^(z - m) (offset - slope (z - m)).
         self.offset, self.slope = -common / total, None
         if grad_entropy is not None:
             assert summary.moment is not None
             self.slope = grad_entropy / total
             self.offset = self.offset + self.slope * (summary.moment / total)
-        if self.places is not None:
+        if self.ids is not None:
             assert summary.listed is not None
             shifted = (summary.listed - self.top[:, None]).clamp(min=FLOOR)
             factor = self.offset[:, None] - (0 if self.slope is None else self.slope[:, None] * shifted)
             self.listed = topk + shifted.exp() * factor
             self.offset = self.offset + (tail / summary.rest).where(~bounded, 0)
 
-    def of_(self, logits: Tensor, columns: slice, labels: Tensor) -> Tensor:
-        """The gradient [N, columns] of the logits, in their place. `labels` count from the shard's first row."""
+    def chunks(
+        self, hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float, kept: list[Tensor] | None
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """(columns, gradient [N, columns] of the logits) over the shard; `labels` count from its first row."""
+        if uses_triton(hidden):
+            yield from self._through_triton(hidden, weight, labels, temperature, kept)
+            return
+        places = None if self.ids is None else Places(self.ids, self.size, self.chunk)
+        for columns, logits in logit_chunks(hidden, weight, temperature, self.chunk, kept):
+            yield columns, self._of_(logits, columns, labels, places).to(hidden.dtype)
+
+    def _of_(self, logits: Tensor, columns: slice, labels: Tensor, places: Places | None) -> Tensor:
+        """The gradient [N, columns] of the logits, in their place."""
         shifted = logits.sub_(self.top[:, None])
         if self.slope is None:
             grad = exp_(shifted).mul_(self.offset[:, None])
@@ -201,9 +215,32 @@ class _Slope:
             shifted.clamp_(min=FLOOR)
             factor = torch.addcmul(self.offset[:, None], shifted, self.slope[:, None], value=-1)
             grad = exp_(shifted).mul_(factor)
-        if self.places is not None:
-            rows, places, inside = self.places.within(columns)
+        if places is not None:
+            assert self.listed is not None
+            rows, listed, inside = places.within(columns)
             # Written, not added: a listed column has no part in the tail.
-            grad[rows, inside] = self.listed[rows, places]
+            grad[rows, inside] = self.listed[rows, listed]
         index, inside = within(labels - columns.start, grad.shape[1])
         return grad.scatter_add_(1, index[:, None], self.grad_logp.where(inside, 0)[:, None])
+
+    def _through_triton(
+        self, hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float, kept: list[Tensor] | None
+    ) -> Iterator[tuple[slice, Tensor]]:
+        from megatron_rl.ops.triton.dlogits import dlogits_
+
+        numbers = (self.top, self.offset, self.slope, self.grad_logp, self.ids, self.listed)
+        top, offset, slope, grad_logp, ids, listed = (None if x is None else x.contiguous() for x in numbers)
+        assert top is not None and offset is not None and grad_logp is not None
+        for columns, logits in product_chunks(hidden, weight, self.chunk, kept):
+            grad = dlogits_(
+                logits,
+                scale=1 / temperature,
+                top=top,
+                offset=offset,
+                slope=slope,
+                labels=labels - columns.start,
+                grad_logp=grad_logp,
+                ids=None if ids is None else ids - columns.start,
+                listed=listed,
+            )
+            yield columns, grad

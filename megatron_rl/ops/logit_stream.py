@@ -12,6 +12,7 @@ from torch import Tensor
 
 KEPT_BYTES = 64 * 2**20
 VOCABULARY_CHUNK = 1024  # columns of the lm-head that are computed at once
+TOKENS = 1024  # whose whole rows are in memory at once, on a GPU
 _LOG2_E = 1 / math.log(2)
 
 
@@ -26,33 +27,63 @@ def keeping(hidden: Tensor, weight: Tensor, needed: bool) -> list[Tensor] | None
     return [] if needed and size <= KEPT_BYTES else None
 
 
+def product_chunks(
+    hidden: Tensor, weight: Tensor, chunk: int, kept: list[Tensor] | None
+) -> Iterator[tuple[slice, Tensor]]:
+    """(columns, hidden weight^T [N, columns]) over the vocabulary, in the inputs' dtype.
+
+    An empty list `kept` is filled with the products; a full one stands in for them. Without a list the next chunk
+    overwrites the product.
+    """
+    num_rows = weight.shape[0]
+    buffer = hidden.new_empty(hidden.shape[0], min(chunk, num_rows)) if kept is None else None
+    known = list(kept or [])
+    for place, start in enumerate(range(0, num_rows, chunk)):
+        columns = slice(start, min(start + chunk, num_rows))
+        if buffer is not None:
+            yield columns, torch.mm(hidden, weight[columns].t(), out=buffer[:, : columns.stop - start])
+        elif known:
+            yield columns, known[place]
+        else:
+            assert kept is not None
+            kept.append(hidden @ weight[columns].t())
+            yield columns, kept[-1]
+
+
 def logit_chunks(
     hidden: Tensor, weight: Tensor, temperature: float, chunk: int, kept: list[Tensor] | None
 ) -> Iterator[tuple[slice, Tensor]]:
     """(columns, logits [N, columns] / temperature) over the vocabulary; the next chunk overwrites the logits.
 
-    The product has the inputs' dtype, as an lm-head's has; what follows is at least float32. An empty list `kept` is
-    filled with the products; a full one stands in for them.
+    The product has the inputs' dtype, as an lm-head's has; what follows is at least float32. `kept` is that of
+    `product_chunks`, and stays as it is.
     """
-    num_rows = weight.shape[0]
-    wide = hidden.new_empty(hidden.shape[0], min(chunk, num_rows), dtype=wide_dtype(hidden.dtype))
-    narrow = wide if wide.dtype == hidden.dtype else torch.empty_like(wide, dtype=hidden.dtype)
-    known = list(kept or [])
-    for place, start in enumerate(range(0, num_rows, chunk)):
-        columns = slice(start, min(start + chunk, num_rows))
-        logits = wide[:, : columns.stop - start]
-        if known:
-            logits.copy_(known[place])
-        elif kept is not None:
-            kept.append(hidden @ weight[columns].t())
-            logits.copy_(kept[-1])
-        else:
-            product = torch.mm(hidden, weight[columns].t(), out=narrow[:, : logits.shape[1]])
-            if product.dtype != logits.dtype:
-                logits.copy_(product)
+    dtype = wide_dtype(hidden.dtype)
+    in_place = kept is None and dtype == hidden.dtype
+    wide = None if in_place else hidden.new_empty(hidden.shape[0], min(chunk, weight.shape[0]), dtype=dtype)
+    for columns, product in product_chunks(hidden, weight, chunk, kept):
+        logits = product if wide is None else wide[:, : product.shape[1]].copy_(product)
         if temperature != 1.0:
             logits.mul_(1 / temperature)
         yield columns, logits
+
+
+def token_chunks(
+    hidden: Tensor, weight: Tensor, chunk: int, kept: list[Tensor] | None
+) -> Iterator[tuple[slice, Tensor]]:
+    """(tokens, hidden[tokens] weight^T): whole rows of a few tokens, for kernels that read a row at once.
+
+    The next tokens overwrite the product. An empty list `kept` is filled as by `product_chunks`, with parts of one
+    product. Rows start at multiples of 16 elements, so that wide loads are aligned.
+    """
+    num_tokens, num_rows = hidden.shape[0], weight.shape[0]
+    step = num_tokens if kept is not None else TOKENS
+    buffer = hidden.new_empty(min(step, num_tokens), math.ceil(num_rows / 16) * 16)[:, :num_rows]
+    for start in range(0, num_tokens, max(step, 1)):
+        tokens = slice(start, min(start + step, num_tokens))
+        yield tokens, torch.mm(hidden[tokens], weight.t(), out=buffer[: tokens.stop - start])
+    if kept is not None:
+        kept.extend(buffer.split(chunk, 1))
 
 
 def exp_(exponents: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from megatron_rl.ops.dispatch import uses_triton
+
 Init = Literal["one", "first"]
 
 
@@ -57,6 +59,10 @@ class _DecayedSum(torch.autograd.Function):
         assert values.dtype in (torch.float32, torch.float64), values.dtype
         ctx.save_for_backward(places)
         ctx.decay, ctx.reverse = decay, reverse
+        if uses_triton(values):
+            from megatron_rl.ops.triton import scan
+
+            return scan.decayed_sum(values, places, decay, reverse)
         return _doubled(values, places, decay, reverse)
 
     @staticmethod

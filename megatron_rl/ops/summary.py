@@ -12,13 +12,14 @@ which t needs to merge.
 """
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from megatron_rl.ops.dispatch import uses_triton
 from megatron_rl.ops.logit_stream import exp_, logit_chunks, wide_dtype
-from megatron_rl.ops.topk import Given, Largest, Places, merge_largest
+from megatron_rl.ops.topk import NO_ID, Given, Largest, Places, merge_largest
 from megatron_rl.ops.vocab_shard import VocabShard
 
 # e^-1e4 is 0 in every dtype, so a floor here changes no product (z - m) e^(z - m) but 0 * inf.
@@ -51,13 +52,52 @@ def summarise(
     kept: list[Tensor] | None,
 ) -> Summary:
     """The summary of softmax(hidden weight^T / temperature); arguments as for `linear_stats`."""
-    weight = weight[: shard.size]
+    local = (hidden, weight[: shard.size], labels - shard.start, None if indices is None else indices - shard.start)
+    options: dict[str, Any] = {"temperature": temperature, "entropy": entropy, "k": k, "chunk": chunk, "kept": kept}
+    if uses_triton(hidden):
+        from megatron_rl.ops.triton.rows import shard_part
+
+        return _merge_shards(shard, shard_part(*local, **options))
+    return _merge_shards(shard, torch_part(*local, **options))
+
+
+class ShardPart(NamedTuple):
+    """Of one shard's columns, whose ids count from its first."""
+
+    rows: Tensor  # [N, 3 to 5]
+    largest_values: Tensor | None  # [N, k], -inf where there are fewer
+    largest_ids: Tensor | None  # [N, k] int64
+    given_values: Tensor | None  # [N, n], 0 where the shard does not hold the id
+
+    def with_largest(self, values: Tensor, ids: Tensor, k: int) -> "ShardPart":
+        """A shard with less than k columns has lists that end with places which lose to every id."""
+        missing = k - values.shape[1]
+        pad = torch.nn.functional.pad
+        return self._replace(
+            largest_values=pad(values, (0, missing), value=-torch.inf), largest_ids=pad(ids, (0, missing), value=NO_ID)
+        )
+
+
+def torch_part(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    indices: Tensor | None,
+    *,
+    temperature: float,
+    entropy: bool,
+    k: int,
+    chunk: int,
+    kept: list[Tensor] | None,
+) -> ShardPart:
+    """`labels` [N] and `indices` [N, n] count from the shard's first row, and may lie outside."""
     wide = hidden.new_empty(hidden.shape[0], 0, dtype=wide_dtype(hidden.dtype))
     largest = Largest(wide, k) if k else None
-    given = None if indices is None else Given(wide, Places(indices - shard.start, shard.size, chunk))
+    given = None if indices is None else Given(wide, Places(indices, weight.shape[0], chunk))
     chunks = logit_chunks(hidden, weight, temperature, chunk, kept)
-    rows = _shard_rows(chunks, wide, labels - shard.start, entropy, largest, given)
-    return _merge_shards(shard, rows, largest, given)
+    rows = _shard_rows(chunks, wide, labels, entropy, largest, given)
+    part = ShardPart(rows, None, None, None if given is None else given.values)
+    return part if largest is None else part.with_largest(largest.values, largest.ids, k)
 
 
 def _shard_rows(
@@ -91,20 +131,20 @@ def _shard_rows(
     return rows
 
 
-def _merge_shards(shard: VocabShard, rows: Tensor, largest: Largest | None, given: Given | None) -> Summary:
+def _merge_shards(shard: VocabShard, part: ShardPart) -> Summary:
     """One all-gather of the row, its lists, and the ids of the largest, whose bits travel as numbers."""
+    rows, values, ids, given = part
     integers = torch.int64 if rows.dtype == torch.float64 else torch.int32
     parts = [rows]
-    if largest is not None:
-        largest.fill()
-        parts += [largest.values, (largest.ids + shard.start).clamp(max=2**31 - 1).to(integers).view(rows.dtype)]
+    if values is not None and ids is not None:
+        parts += [values, (ids + shard.start).clamp(max=2**31 - 1).to(integers).view(rows.dtype)]
     if given is not None:
-        parts.append(given.values)
+        parts.append(given)
     gathered = list(shard.all_gather(torch.cat(parts, 1)).split([part.shape[1] for part in parts], -1))
     rows = merge_rows(gathered[0])
-    listed = ids = None
+    listed = None
     rest = rows[:, 1]
-    if largest is not None:
+    if ids is not None:
         listed, ids, losers = merge_largest(gathered[1], gathered[2].contiguous().view(integers).long())
         if given is None:
             rest = rest + (losers - rows[:, :1]).exp().sum(1)

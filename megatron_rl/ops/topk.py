@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_NO_ID = 2**31 - 1  # of an empty place in a list; larger than every id
+NO_ID = 2**31 - 1  # of an empty place in a list; larger than every id
 
 
 class Taken(NamedTuple):
@@ -48,7 +48,7 @@ class Largest:
         place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
         entering = chosen.new_full((len(rows), int(counts.max())), -torch.inf)
         entering[row, place] = chosen[row, column]
-        ids = torch.full_like(entering, _NO_ID, dtype=torch.int64)
+        ids = torch.full_like(entering, NO_ID, dtype=torch.int64)
         ids[row, place] = column + columns.start
         values, order = torch.cat([self.values[rows], entering], 1).sort(dim=1, descending=True, stable=True)
         ids = torch.cat([self.ids[rows], ids], 1).gather(1, order)
@@ -59,11 +59,21 @@ class Largest:
             self.values, self.ids = values[:, :width].contiguous(), ids[:, :width].contiguous()
         return Taken(rows[row], column, rows, values[:, width:])
 
-    def fill(self) -> None:
-        """Makes a list that is shorter than k as long, with places that lose to every id."""
-        missing = self.k - self.values.shape[1]
-        self.values = torch.nn.functional.pad(self.values, (0, missing), value=-torch.inf)
-        self.ids = torch.nn.functional.pad(self.ids, (0, missing), value=_NO_ID)
+
+def first_places(values: Tensor, k: int) -> Tensor:
+    """Where the k largest of each row [N, M] stand: by value, then by the smaller place; without a synchronisation.
+
+    float32 and place are packed into one integer each: the bits of a number, the others flipped if it is negative, are
+    in its order.
+    """
+    if values.dtype == torch.float64:
+        return values.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    # -0.0 + 0.0 is 0.0, whose bits are others.
+    bits = (values + 0.0).view(torch.int32).long()
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    places = torch.arange(values.shape[1], device=values.device)
+    keys = (ordered << 32) | (0xFFFFFFFF - places)
+    return 0xFFFFFFFF - (keys.topk(k, 1).values & 0xFFFFFFFF)
 
 
 def merge_largest(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
