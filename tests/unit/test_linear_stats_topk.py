@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_rl.ops import logit_stream, reference
 from megatron_rl.ops.linear_stats import LinearStats, linear_stats
-from megatron_rl.ops.topk import merge_largest
+from megatron_rl.ops.topk import first_places, merge_largest
 from megatron_rl.ops.vocab_shard import VocabShard
 
 N, H, V = 29, 13, 211
@@ -237,3 +237,16 @@ def test_a_graph_that_is_kept_gives_the_same_gradient_again() -> None:
     results = outputs(linear_stats(hidden, weight, labels, shard=VocabShard(0, V), k=5, chunk=50))
     for first, second in zip(grads(results, (hidden, weight)), grads(results, (hidden, weight)), strict=True):
         assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_first_places_are_those_of_a_stable_sort(dtype: torch.dtype) -> None:
+    """With many equal values, both zeros, and no numbers at all."""
+    values = torch.randint(-3, 4, (50, 200), generator=torch.Generator().manual_seed(0)).to(dtype) / 4
+    values[:, ::7] = -0.0
+    values[1::2, ::3] = -torch.inf
+    values[0] = -torch.inf
+    for k in (1, 20, 200):
+        assert torch.equal(first_places(values, k), reference.largest(values, k))
+    mixed = torch.tensor([[-0.0, 0.0, -1.5, 3e38, -torch.inf]], dtype=dtype)
+    assert first_places(mixed, 5).tolist() == [[3, 0, 1, 2, 4]]
