@@ -38,6 +38,17 @@ def test_exponential_average(
         torch.testing.assert_close(result, value, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
+def test_float32_over_a_long_sequence(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundred tokens count here, and the decay's own rounding would be off by as many times its size."""
+    weights = torch.rand(1000, generator=torch.Generator().manual_seed(0)) + 0.5
+    ids = torch.zeros(1000, dtype=torch.int64)
+    monkeypatch.setenv(dispatch.VARIABLE, "torch")
+    expected = exponential_average(weights.double(), ids, beta=0.01)
+    monkeypatch.setenv(dispatch.VARIABLE, "triton")
+    result = exponential_average(weights.to(device), ids.to(device), beta=0.01).cpu()
+    torch.testing.assert_close(result.double(), expected, rtol=2e-7, atol=0)
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("decay", [0.0, 0.5])
 def test_a_nan_stays_in_its_sequence(

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 2048  # tokens that a program scans at once
-WARPS = 4
+WARPS = 8
 
 
 def decayed_sum(values: Tensor, places: Tensor, decay: float, reverse: bool) -> Tensor:
@@ -33,13 +33,12 @@ def _after(decay, total, next_decay, next_total):
 
 @triton.jit
 def scan_kernel(values_ptr, total_ptr, bounds_ptr, decay: tl.float64, REVERSE: tl.constexpr, BLOCK: tl.constexpr):
-    """One sequence."""
+    """One sequence, in float64: power j of a decay that is rounded to float32 is off by j times as much."""
     sequence = tl.program_id(0)
     start = tl.load(bounds_ptr + sequence)
     stop = tl.load(bounds_ptr + sequence + 1)
-    wide = total_ptr.dtype.element_ty
-    decays = tl.zeros((BLOCK,), wide) + tl.full((), decay, wide)
-    carry = tl.zeros((), wide)
+    decays = tl.zeros((BLOCK,), tl.float64) + decay
+    carry = tl.zeros((), tl.float64)
     steps = tl.arange(0, BLOCK)
     for done in range(0, stop - start, BLOCK):
         place = done + steps
@@ -47,8 +46,8 @@ def scan_kernel(values_ptr, total_ptr, bounds_ptr, decay: tl.float64, REVERSE: t
         if REVERSE:
             token = stop - 1 - place
         inside = place < stop - start
-        values = tl.load(values_ptr + token, mask=inside, other=0.0).to(wide)
+        values = tl.load(values_ptr + token, mask=inside, other=0.0).to(tl.float64)
         powers, total = tl.associative_scan((decays, values), 0, _after)
         total += powers * carry
-        tl.store(total_ptr + token, total, mask=inside)
+        tl.store(total_ptr + token, total.to(total_ptr.dtype.element_ty), mask=inside)
         carry = tl.sum(tl.where(steps == BLOCK - 1, total, 0.0), 0)
