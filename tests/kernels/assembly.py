@@ -13,6 +13,7 @@ HOPPER = ("cuda", 90, 32)
 @dataclass(frozen=True)
 class Assembly:
     ptx: str
+    order: str  # of its loads (r), stores (w) and barriers (|), as it was written
     registers: int  # per thread
     stack_bytes: int  # per thread; a register that is spilled lies here
     shared_bytes: int  # per program
@@ -53,4 +54,8 @@ def assemble(
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     usage = subprocess.run([tool, "-res-usage", binary], check=True, capture_output=True, text=True).stdout
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
-    return Assembly(compiled.asm["ptx"], registers, stack, compiled.metadata.shared)
+    letters = {"tt.load": "r", "tt.store": "w", "ttg.barrier": "|"}
+    order = "".join(
+        letters[name] for name in re.findall(r"\b(?:tt\.load|tt\.store|ttg\.barrier)\b", compiled.asm["ttir"])
+    )
+    return Assembly(compiled.asm["ptx"], order, registers, stack, compiled.metadata.shared)

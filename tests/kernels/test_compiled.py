@@ -66,8 +66,10 @@ def test_row_statistics(compiled: Callable[..., Assembly], dtype: str, entropy: 
     aligned = ["logits_ptr", "stride"]
     assembly = compiled(rows.row_statistics_kernel, pointers, constants, aligned=aligned, warps=rows.WARPS)
     assert 16 in assembly.accesses("ld")
+    if listing:
+        # Label; list read, overwritten; the row read; the list put back; results. A barrier stands between any two.
+        assert assembly.order == "rr" + "rrw|w" + "|rr|" + "rrw" + "wwwww"
     if listing and dtype == "*bf16":
-        # Listed logits are read, then overwritten, then the row is read, then they are put back: never two at once.
         assert re.fullmatch(r"nn\|*\|s\|+W[W|n]*\|s\|*", outline(assembly.ptx, "b16"))
 
 
@@ -83,8 +85,11 @@ def test_dlogits(compiled: Callable[..., Assembly], dtype: str, entropy: bool, l
     assembly = compiled(dlogits.dlogits_kernel, pointers, constants, aligned=aligned, warps=dlogits.WARPS)
     assert 16 in assembly.accesses("ld") and 16 in assembly.accesses("st")
     assert dlogits.BLOCK >= 32 * dlogits.WARPS
+    if listing:
+        # The row in whole blocks and the rest, then the list over it.
+        assert assembly.order.endswith("rwrw" + "|" + "rrw")
     if listing and dtype == "*bf16":
-        assert re.fullmatch(r"Ww[ns]*\|s", outline(assembly.ptx, "b16")), "the list is written over the row"
+        assert re.fullmatch(r"Ww[ns]*\|s", outline(assembly.ptx, "b16"))
 
 
 @pytest.mark.parametrize("case", CASES)
