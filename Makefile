@@ -52,6 +52,8 @@ test: venv ## The tests that every change must pass
 
 test-full: venv ## The long comparisons and matrices
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m full
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 MEGATRON_RL_KERNELS=triton $(VENV)/bin/python -m pytest \
+		tests/dist/test_linear_stats.py tests/dist/test_lists.py
 
 test-vllm: $(VLLM_VENV)/.installed ## Rollouts by vLLM, in an environment of its own
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm

@@ -92,6 +92,19 @@ def test_dlogits(compiled: Callable[..., Assembly], dtype: str, entropy: bool, l
         assert re.fullmatch(r"Ww[ns]*\|s", outline(assembly.ptx, "b16"))
 
 
+@pytest.mark.parametrize("constants", [{"k": 1}, {"k": 1, "size": 1, "stride": 1}])
+def test_one_id_and_one_column(compiled: Callable[..., Assembly], constants: dict[str, int]) -> None:
+    """Triton makes a constant of an argument that is 1."""
+    from megatron_rl.ops.triton import dlogits, rows
+
+    pointers = {"logits_ptr": "*bf16", "labels_ptr": "*i64", "ids_ptr": "*i64"}
+    lists = {"ENTROPY": True, "LISTING": True, "LIST_BLOCK": 128, **constants}
+    numbers = dict.fromkeys(("rows_ptr", "listed_ptr"), "*fp32")
+    compiled(rows.row_statistics_kernel, {**pointers, **numbers}, {**lists, "BLOCK": rows.BLOCK}, warps=rows.WARPS)
+    numbers = dict.fromkeys(("top_ptr", "offset_ptr", "slope_ptr", "grad_logp_ptr", "listed_ptr"), "*fp32")
+    compiled(dlogits.dlogits_kernel, {**pointers, **numbers}, {**lists, "BLOCK": dlogits.BLOCK}, warps=dlogits.WARPS)
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_divergence(compiled: Callable[..., Assembly], dtype: str, case: str) -> None:

@@ -7,7 +7,8 @@ interpreter, and compiled for sm_90; none of them has run on a GPU.
 House rules of the kernels, so that interpreter and GPU agree:
 
 * A load is followed by a conversion to the wide dtype at once: the interpreter keeps bfloat16 as bare bits.
-* The wide dtype is that of the output, float64 or float32; a number from Python comes as float64 and is narrowed.
+* The wide dtype is that of the output, float64 or float32, and float64 in the scan; a number from Python comes as
+  float64 and is narrowed.
 * Where threads read what others have written there is a barrier between. What is updated in place has blocks of at
   least as many elements as the program has threads, so that no element has two owners.
 * Whole blocks are loaded without a mask, for a mask keeps loads from being 16 bytes wide.
