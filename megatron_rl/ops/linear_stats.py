@@ -66,7 +66,8 @@ def linear_stats(
     shards: reach this function through a region operator whose backward reduces it. Call it with N = 0 too, on all
     ranks alike: the weight then gets a gradient of zeros. Ids carry none.
 
-    `chunk` is the number of vocabulary columns in memory at once.
+    `chunk` is the number of vocabulary columns in memory at once; the forward pass of the kernels for GPUs has whole
+    rows of 1024 tokens instead.
     """
     assert hidden.dtype == weight.dtype, (hidden.dtype, weight.dtype)
     assert labels.shape == hidden.shape[:1], (labels.shape, hidden.shape)
