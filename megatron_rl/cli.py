@@ -1,5 +1,6 @@
 """The command line: `megatron-rl train|check|verify CONFIG [a.b=c ...]`, `megatron-rl eval MODEL [DATA] [a.b=c ...]`,
-`megatron-rl report RUN [OTHER]`, `megatron-rl slurm CONFIG [a.b=c ...] --nodes N`."""
+`megatron-rl report RUN [OTHER]`, `megatron-rl slurm CONFIG [a.b=c ...] --nodes N`,
+`megatron-rl convert plan|import|export|verify|inspect|diff|reshard ...`."""
 
 import argparse
 import sys
@@ -10,6 +11,7 @@ from megatron_rl import __version__
 from megatron_rl.config.load import Loaded, load, of_trainer
 from megatron_rl.config.rules import Config, ConfigError
 from megatron_rl.config.schema import EvaluationConfig
+from megatron_rl.convert.arguments import add_arguments as add_convert_arguments
 from megatron_rl.launch import rank, slurm, torchrun
 from megatron_rl.types import RunError
 
@@ -20,6 +22,7 @@ VERBS = {
     "verify": "show that this config's gradient is the same under every layout that fits this machine",
     "report": "say what is wrong with a run, with its curves, or hold two runs against each other",
     "slurm": "write the scripts of a job for a Slurm cluster, and submit them",
+    "convert": "checkpoints from and to Hugging Face's format, or for another layout",
 }
 
 
@@ -35,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         verb_parser = verbs.add_parser(verb, help=help_text)
         if verb == "report":
             add_report_arguments(verb_parser)
+            continue
+        if verb == "convert":
+            add_convert_arguments(verb_parser)
             continue
         if verb == "eval":
             kinds = "a Hugging Face directory, a run directory, a checkpoint, or a YAML file"
@@ -54,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.overrides += rest
     if options.verb == "report":
         return report_on([options.run, *([options.other] if options.other else [])], options.out)
+    if options.verb == "convert":
+        return convert_with(options)
     try:
         loaded = read(options)
         if options.verb == "check":
@@ -129,6 +137,17 @@ def to_slurm(arguments: Sequence[str]) -> int:
     except ValueError as error:
         return mistake(error)
     return 0
+
+
+def convert_with(options: argparse.Namespace) -> int:
+    """Runs a verb of `convert`; the exit code."""
+    # Imported late: it reads tensors, and with them torch.
+    from megatron_rl.convert.command import convert
+
+    try:
+        return convert(options)
+    except (ValueError, RunError, OSError) as error:
+        return mistake(error)
 
 
 def mistake(error: Exception) -> int:

@@ -17,6 +17,9 @@ SHARD_BYTES = 4 * 2**30
 IGNORED_SUFFIX = "rotary_emb.inv_freq"
 
 FLOATS = ("F32", "BF16", "F16")
+# Config, generation config, tokenizer, chat template; not what describes the tensors of the directory itself.
+COMPANIONS = {".json", ".jinja", ".txt", ".model"}
+NOT_COMPANIONS = {INDEX, "conversion.json"}
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 
 
@@ -178,12 +181,22 @@ def write_model(
     if count > 1:
         index = {"metadata": {"total_size": total}, "weight_map": {key: names[n] for key, n in placed.items()}}
         (partial / INDEX).write_text(json.dumps(index, indent=2))
+    copy_companions(like, partial, dtype=dtype, changes=changes)
+    put_in_place(partial, target)
+
+
+def copy_companions(like: str | Path, into: Path, *, dtype: str, changes: Mapping[str, Any] = {}) -> None:
+    """What a model is beside its tensors: config, with `changes`, generation config, tokenizer and chat template."""
     for path in Path(like).iterdir():
-        if path.suffix in {".json", ".jinja", ".txt", ".model"} and path.name != INDEX:
-            shutil.copy2(path, partial / path.name)
-    config = json.loads((partial / "config.json").read_text())
+        if path.suffix in COMPANIONS and path.name not in NOT_COMPANIONS:
+            shutil.copy2(path, into / path.name)
+    config = json.loads((into / "config.json").read_text())
     config.pop("torch_dtype", None)
-    (partial / "config.json").write_text(json.dumps(config | {**changes, "dtype": dtype}, indent=2) + "\n")
+    (into / "config.json").write_text(json.dumps(config | {**changes, "dtype": dtype}, indent=2) + "\n")
+
+
+def put_in_place(partial: Path, target: Path) -> None:
+    """Renames a complete directory; what was there before goes only now."""
     old = target.with_name(target.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import pickle
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -134,6 +135,21 @@ def check_sizes(directory: Path) -> None:
         path = directory / name
         if not path.is_file() or path.stat().st_size != entry.bytes:
             raise DamagedCheckpoint(complaints(directory, {name: entry}, [name])[0])
+
+
+def sync(path: Path) -> None:
+    """Waits until the disk holds it."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_tree(directory: Path) -> None:
+    """Waits until the disk holds all that is in it."""
+    for path in (*directory.rglob("*"), directory):
+        sync(path)
 
 
 def check_pickle(path: Path) -> None:

@@ -12,7 +12,6 @@ previous checkpoint in force.
 """
 
 import json
-import os
 import re
 import shutil
 import warnings
@@ -33,6 +32,8 @@ from megatron_rl.checkpoint.manifest import (
     files_of,
     measure,
     read_manifest,
+    sync,
+    sync_tree,
     write_manifest,
 )
 from megatron_rl.checkpoint.writing import SaveError, ShardedWrite, together
@@ -133,7 +134,7 @@ class CheckpointStore:
                     (partial / GENERATORS).write_bytes(save(generators))
                     rest = [name for name in files_of(partial) if name not in entries]
                     write_manifest(partial, entries | measure(partial, rest))
-                    _sync_tree(partial)
+                    sync_tree(partial)
                     if final.exists():
                         shutil.rmtree(final)
                     partial.rename(final)
@@ -187,9 +188,9 @@ class CheckpointStore:
     def _point_at(self, path: Path) -> None:
         pointer = self.directory / f"{LATEST}.partial"
         pointer.write_text(path.name + "\n")
-        _sync(pointer)
+        sync(pointer)
         pointer.rename(self.directory / LATEST)
-        _sync(self.directory)
+        sync(self.directory)
 
     def _drop_old(self, step: int) -> None:
         """Later steps are of a run that was given up; they stay."""
@@ -292,17 +293,3 @@ def _restore_generators(path: Path) -> None:
     if len({name.partition("/")[0] for name in held}) == dist.get_world_size():
         mine = {name.removeprefix(f"{rank}/"): value for name, value in held.items() if name.startswith(f"{rank}/")}
         restore_generators(mine)
-
-
-def _sync(path: Path) -> None:
-    """Waits until the disk holds it."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sync_tree(directory: Path) -> None:
-    for path in (*directory.rglob("*"), directory):
-        _sync(path)

@@ -250,6 +250,16 @@ def named_weights(model: Any, parameters: dict[str, torch.Tensor]) -> dict[str, 
     return found
 
 
+def classifier_config(path: str | Path) -> dict[str, Any]:
+    """What a critic's config.json says otherwise than that of `path`: it is a sequence classifier with one label."""
+    names = load_config(path).architectures or []
+    return {
+        "architectures": [name.replace("ForCausalLM", "ForSequenceClassification") for name in names],
+        "id2label": {"0": "value"},
+        "label2id": {"value": 0},
+    }
+
+
 def num_parameters(path: str | Path) -> int:
     """Parameters of the model in `path`; tied ones count once."""
     return sum(math.prod(shape) for shape in tensor_shapes(path).values())

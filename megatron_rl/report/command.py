@@ -1,22 +1,15 @@
 """`megatron-rl report RUN [OTHER]`: reads, judges, writes the two files, and says what was found."""
 
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
+from megatron_rl.metrics.bar import counting
 from megatron_rl.report.findings import is_severe
 from megatron_rl.report.html import as_html
 from megatron_rl.report.markdown import as_markdown
 from megatron_rl.report.page import Page, make_page
 from megatron_rl.report.series import RunData, event_files, read_run
 from megatron_rl.report.verdict import Result
-
-_SECONDS_BETWEEN_LINES = 5.0
 
 
 def report(runs: Sequence[Path], out: Path | None = None) -> int:
@@ -25,7 +18,7 @@ def report(runs: Sequence[Path], out: Path | None = None) -> int:
     The exit code: 1 where something severe was found, otherwise 0. ValueError where there is nothing to read.
     """
     sizes = [sum(path.stat().st_size for path in event_files(run)) for run in runs]
-    with reading(sum(sizes)) as on_bytes:
+    with counting("reading", sum(sizes)) as on_bytes:
         data: list[RunData] = [read_run(run, on_bytes) for run in runs]
     page = make_page(data)
     directory = out or runs[0]
@@ -56,24 +49,3 @@ def _say(page: Page, directory: Path) -> None:
     if failed:
         print(f"the critic fails {failed} of 5")
     print(f"written to {directory / 'report.html'} and report.md")
-
-
-@contextmanager
-def reading(total: int) -> Iterator[Callable[[int], object]]:
-    """Shows how many of `total` bytes have been read: a bar on a terminal, a line from time to time elsewhere."""
-    if sys.stderr.isatty():
-        columns = (TextColumn("reading"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-            task = progress.add_task("reading", total=total)
-            yield lambda count: progress.advance(task, count)
-        return
-    done, spoke = 0, time.monotonic()
-
-    def on_bytes(count: int) -> None:
-        nonlocal done, spoke
-        done += count
-        if time.monotonic() - spoke >= _SECONDS_BETWEEN_LINES:
-            spoke = time.monotonic()
-            print(f"megatron-rl: read {done / 1e6:.0f} of {total / 1e6:.0f} MB", file=sys.stderr, flush=True)
-
-    yield on_bytes

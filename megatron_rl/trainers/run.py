@@ -18,6 +18,7 @@ from megatron_rl.metrics.progress import NOTES, bytes_in, progress
 from megatron_rl.metrics.timing import Timer
 from megatron_rl.metrics.types import StepLog
 from megatron_rl.metrics.writer import Writer
+from megatron_rl.models.hf_config import classifier_config
 from megatron_rl.parallel.collect import any_rank, from_first_rank
 from megatron_rl.parallel.mesh import Mesh, create_mesh, destroy_mesh
 from megatron_rl.parallel.stop import StopRequest
@@ -27,7 +28,7 @@ from megatron_rl.trainers import expert_iteration, gad, grpo, ppo, sdpo, sft
 from megatron_rl.trainers.average import AveragedModel
 from megatron_rl.trainers.banner import banner
 from megatron_rl.trainers.best import WEIGHTS, Best
-from megatron_rl.trainers.critic import CriticTrainerConfig, classifier_config, critic_model
+from megatron_rl.trainers.critic import CriticTrainerConfig, critic_model
 from megatron_rl.trainers.data import held_out_prompts
 from megatron_rl.trainers.evaluate import Evaluator
 from megatron_rl.trainers.guards import Guards

@@ -19,7 +19,7 @@ FLOORS = (
     {"models"},
     {"checkpoint"},
     {"workers", "rollout", "report", "planning"},
-    {"trainers"},
+    {"trainers", "convert"},
     {"cli", "__main__", "launch"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -33,7 +33,17 @@ DOORS = {
     "vllm": ("rollout.vllm",),
     "triton": ("ops.triton",),
     # No loss, planner or reward knows of ranks; the vocabulary operator does, for its columns are sharded.
-    "torch.distributed": ("ops", "parallel", "models", "checkpoint", "workers", "rollout", "trainers", "launch"),
+    "torch.distributed": (
+        "ops",
+        "parallel",
+        "models",
+        "checkpoint",
+        "workers",
+        "rollout",
+        "trainers",
+        "launch",
+        "convert",
+    ),
 }
 # On the ground floor torch comes late or not at all.
 LAZY_TORCH = "metrics.backends"

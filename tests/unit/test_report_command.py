@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from megatron_rl.cli import main
+from megatron_rl.metrics.bar import counting
 from megatron_rl.metrics.writer import Writer
-from megatron_rl.report.command import reading
 from megatron_rl.report.events import Distribution
 from megatron_rl.report.plots import MOST_POINTS, plot_curves, plot_distribution, thinned
 from megatron_rl.report.series import Curve
@@ -197,10 +197,10 @@ def test_torch_is_not_waited_for(tmp_path: Path) -> None:
 def test_progress_is_told_while_reading(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([0.0, 1.0, 6.0, 6.0, 7.0])
     monkeypatch.setattr("time.monotonic", lambda: next(now))
-    with reading(300_000_000) as on_bytes:
+    with counting("reading", 300_000_000) as on_bytes:
         for _ in range(3):
             on_bytes(100_000_000)
-    assert capsys.readouterr().err == "megatron-rl: read 200 of 300 MB\n"
+    assert capsys.readouterr().err == "megatron-rl: reading, 200 of 300 MB\n"
 
 
 def test_long_curves_keep_their_spikes() -> None:

@@ -1,0 +1,42 @@
+"""What a path is: a Hugging Face directory, a checkpoint, a run; and its tensors under the names that compare."""
+
+from pathlib import Path
+
+from megatron_rl.checkpoint.hf import INDEX
+from megatron_rl.checkpoint.store import STATE, find_checkpoint
+from megatron_rl.checkpoint.torch_dist import SavedTensors
+from megatron_rl.convert.exporting import read_saved
+from megatron_rl.convert.tensors import HfTensors, Tensors
+from megatron_rl.convert.views import AsHf
+
+
+def is_hf(path: Path) -> bool:
+    """Whether it is a Hugging Face directory; ValueError where it is nothing that can be converted."""
+    if not path.is_dir():
+        raise ValueError(f"{path} is no directory")
+    if (path / STATE).is_file() or (path / "checkpoints").is_dir():
+        return False
+    if (path / INDEX).is_file() or any(path.glob("*.safetensors")) or (path / "config.json").is_file():
+        return True
+    raise ValueError(f"{path} is no Hugging Face directory, checkpoint (with {STATE}) or run (with checkpoints)")
+
+
+def as_hf(path: Path, role: str | None, like: Path | None) -> Tensors:
+    """Its tensors under Hugging Face's names."""
+    if is_hf(path):
+        return HfTensors(path)
+    saved = read_saved(path, role, like)
+    return AsHf(saved.tensors, saved.lines, saved.role)
+
+
+def to_compare(one: Path, other: Path, role: str | None, like: Path | None) -> tuple[Tensors, Tensors]:
+    """Two checkpoints with all that they hold, unless a role is named; otherwise under Hugging Face's names."""
+    if role is None and not is_hf(one) and not is_hf(other):
+        found = [SavedTensors(find_checkpoint(path, "the checkpoint")) for path in (one, other)]
+        return found[0], found[1]
+    return as_hf(one, role, like), as_hf(other, role, like)
+
+
+def stack_of(name: str, tensors: Tensors) -> tuple[int, ...]:
+    """The dimensions before one layer's tensor: a checkpoint stacks layers."""
+    return tensors.specs[name].shape[:1] if ".decoder.layers." in name else ()

@@ -1,0 +1,114 @@
+"""Named tensors that are read by rows, wherever they lie: what every conversion reads from."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_rl.checkpoint.hf import IGNORED_SUFFIX, SafetensorsReader
+from megatron_rl.checkpoint.torch_dist import Spec, as_bytes, read_bytes
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Tensors(Protocol):
+    """`specs` says what there is, by name."""
+
+    @property
+    def specs(self) -> Mapping[str, Spec]: ...
+
+    def read(self, name: str, index: tuple[int, ...], start: int, stop: int, out: Tensor) -> None:
+        """Fills `out` with rows [start, stop) of the tensor, or of the one at `index` of a stack, in `out`'s dtype."""
+
+
+class _Place(NamedTuple):
+    """Where a tensor's bytes are."""
+
+    file: str
+    offset: int
+
+
+class HfTensors:
+    """A Hugging Face directory's tensors, read into memory that the caller has: nothing is mapped.
+
+    Mapped pages would count as memory of this process for as long as the files are open.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self.specs: dict[str, Spec] = {}
+        self._places: dict[str, _Place] = {}
+        self._descriptors: dict[str, int] = {}
+        files = {name: file for name, file in SafetensorsReader(directory).files.items() if _counts(name)}
+        for file in sorted(set(files.values())):
+            held = _header(self.directory / file)
+            for name in sorted(name for name, where in files.items() if where == file):
+                self._place(name, file, held)
+
+    def _place(self, name: str, file: str, held: dict[str, Any]) -> None:
+        path = self.directory / file
+        if name not in held:
+            raise ValueError(f"{path} has no tensor {name!r}, as the index says")
+        dtype, shape, (start, _) = (held[name][key] for key in ("dtype", "shape", "data_offsets"))
+        if dtype not in DTYPES:
+            raise ValueError(f"{path} holds {name} as {dtype}; only {', '.join(DTYPES)} can be converted")
+        self.specs[name] = Spec(DTYPES[dtype], tuple(shape))
+        self._places[name] = _Place(file, held[""] + start)
+
+    def files(self) -> dict[str, os.stat_result]:
+        """The files that hold them, and what the system says of each."""
+        return {
+            file: (self.directory / file).stat() for file in sorted({place.file for place in self._places.values()})
+        }
+
+    def read(self, name: str, index: tuple[int, ...], start: int, stop: int, out: Tensor) -> None:
+        self.read_hashed(name, start, stop, out, None)
+
+    def read_hashed(self, name: str, start: int, stop: int, out: Tensor, digest: Any) -> None:
+        """The same; `digest` sees the bytes as they are stored."""
+        spec, place = self.specs[name], self._places[name]
+        if place.file not in self._descriptors:
+            self._descriptors[place.file] = os.open(self.directory / place.file, os.O_RDONLY)
+        same = out.dtype == spec.dtype and out.is_contiguous()
+        raw = out if same else torch.empty(out.shape, dtype=spec.dtype)
+        read_bytes(self._descriptors[place.file], raw, place.offset + start * spec.row_bytes)
+        if digest is not None:
+            digest.update(as_bytes(raw))
+        if not same:
+            out.copy_(raw)
+
+
+class Hashed:
+    """Tensors of a Hugging Face directory that are hashed while they are read, each from its beginning to its end."""
+
+    def __init__(self, source: HfTensors) -> None:
+        self.source, self.specs = source, source.specs
+        self._open: dict[str, tuple[Any, int]] = {}
+
+    def read(self, name: str, index: tuple[int, ...], start: int, stop: int, out: Tensor) -> None:
+        digest, done = self._open.get(name, (hashlib.sha256(), 0))
+        assert start == done, f"{name} is read in order"
+        self.source.read_hashed(name, start, stop, out, digest)
+        self._open[name] = digest, stop
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the tensors that were read."""
+        assert all(done == self.specs[name].shape[0] for name, (_, done) in self._open.items())
+        return {name: digest.hexdigest() for name, (digest, _) in self._open.items()}
+
+
+def _counts(name: str) -> bool:
+    return not name.endswith(IGNORED_SUFFIX)
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """What a file, which SafetensorsReader has checked, says of its tensors; under "" where their bytes begin."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return {**json.loads(file.read(length)), "": 8 + length}
