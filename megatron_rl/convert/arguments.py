@@ -16,6 +16,8 @@ LAYOUT = {
     "tp": "tensor-parallel ranks",
     "pp": "pipeline stages",
     "vpp": "interleaved stages per rank",
+    "ep": "expert-parallel ranks",
+    "etp": "tensor-parallel ranks inside an expert",
 }
 METHODS = ("checksum", "logits")
 

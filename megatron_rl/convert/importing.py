@@ -124,7 +124,7 @@ def _parts(source: Source, dtypes: Mapping[str, torch.dtype]) -> list[sharded.Pa
             Spec(dtypes[piece.line.key], piece.line.shape),
             piece.line.row_parts,
             piece.line.column_parts,
-            piece.group,
+            (piece.stage, piece.expert_rank),
         )
         for piece in pieces(source.lines, source.shape, source.layout)
     ]

@@ -38,5 +38,6 @@ def to_compare(one: Path, other: Path, role: str | None, like: Path | None) -> t
 
 
 def stack_of(name: str, tensors: Tensors) -> tuple[int, ...]:
-    """The dimensions before one layer's tensor: a checkpoint stacks layers."""
-    return tensors.specs[name].shape[:1] if ".decoder.layers." in name else ()
+    """The dimensions before one layer's tensor: a checkpoint stacks layers and experts."""
+    dimensions = (".decoder.layers." in name) + (".experts.experts." in name)
+    return tensors.specs[name].shape[:dimensions]

@@ -83,12 +83,13 @@ def slice_shape(line: Line) -> list[int]:
 def bytes_per_stage(
     lines: list[Line], shape: ModelShape, layout: Layout, dtypes: Mapping[str, torch.dtype]
 ) -> list[int]:
-    """Weights that a rank of each pipeline stage loads; of a tied model the last stage has the embedding too."""
+    """Weights of a rank on each pipeline stage; of a tied model the last stage has the embedding too."""
     stages = [0] * layout.pp
     for piece in pieces(lines, shape, layout):
         dtype = dtypes.get(piece.line.key)
         size = torch.Size(slice_shape(piece.line)).numel() * dtype.itemsize if dtype else 0
-        stages[piece.stage] += size
+        if piece.expert_rank <= 0:  # a rank has its own experts alone
+            stages[piece.stage] += size
         if shape.tied and layout.pp > 1 and piece.hf == (matching.EMBEDDING,):
             stages[-1] += size
     return stages

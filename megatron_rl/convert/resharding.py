@@ -80,8 +80,9 @@ def _parts(saved: SavedTensors, state: Mapping[str, Any], layout: Layout) -> lis
             for beside in BESIDE:
                 key = f"{role}.{beside}{line.key}"
                 if key in saved.specs:
+                    group = (piece.stage, piece.expert_rank)
                     spec = Spec(saved.specs[key].dtype, line.shape)
-                    parts.append(sharded.Part(key, piece.index, spec, line.row_parts, line.column_parts, piece.group))
+                    parts.append(sharded.Part(key, piece.index, spec, line.row_parts, line.column_parts, group))
     known = {part.key for part in parts}
     for key in sorted(saved.specs.keys() - known):
         raise ValueError(f"{saved.path} holds {key}, and no model of the run has such a tensor")

@@ -43,10 +43,10 @@ class File(NamedTuple):
 
 
 def files_of(parts: Sequence[Part]) -> list[File]:
-    """Whole tensors in their order, a file for every `FILE_BYTES` of a group."""
+    """Whole tensors, a group behind the other and within it in their order, a file for every `FILE_BYTES`."""
     filled: list[list[Part]] = []
     size = 0
-    for part in parts:
+    for part in sorted(parts, key=lambda part: part.group):
         if not filled or filled[-1][0].group != part.group or size + part.spec.nbytes > FILE_BYTES:
             filled.append([])
             size = 0

@@ -1,15 +1,15 @@
 """The table of a conversion: every tensor of a checkpoint, what it is made of, and how a layout cuts it."""
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 
-from megatron_rl.convert.rows import Run, runs
 from megatron_rl.models.build import heads, padded_vocab_rows
 from megatron_rl.models.families import FAMILIES
-from megatron_rl.models.hf_config import ModelShape, check_layout, layers_on_last_stage
+from megatron_rl.models.hf_config import Experts, ModelShape, check_layout, layers_on_last_stage
 from megatron_rl.models.hf_map import (
     FUSED_QKV,
     GATED_LINEAR,
@@ -19,6 +19,7 @@ from megatron_rl.models.hf_map import (
     VOCABULARY,
     Kind,
     Rule,
+    Run,
 )
 
 LAYER = "decoder.layers."
@@ -43,10 +44,13 @@ class Layout:
     tp: int = 1
     pp: int = 1
     vpp: int = 1
+    ep: int = 1
+    etp: int = 1
 
     def check(self, shape: ModelShape) -> None:
         """Refuses what does not divide the model."""
-        check_layout(shape, tp=self.tp, pp=self.pp, vpp=self.vpp)
+        # That mixtures train with sequence parallelism does not matter to what is stored.
+        check_layout(shape, **asdict(self), sequence_parallel=True)
 
     def stage_of(self, layer: int, num_layers: int) -> int:
         """The pipeline stage of a layer; with `vpp` the stages take turns."""
@@ -58,26 +62,11 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """One layer's tensor of a line, and the Hugging Face tensors that it is made of."""
-
-    line: "Line"
-    index: tuple[int, ...]
-    hf: tuple[str, ...]
-    stage: int
-
-    @property
-    def group(self) -> tuple[int, ...]:
-        """Those who read it first: a pipeline stage."""
-        return (self.stage,)
-
-
-@dataclass(frozen=True, slots=True)
 class Line:
-    """One tensor of a checkpoint: what a rule makes, of all layers together.
+    """One tensor of a checkpoint: what a rule makes, of all layers and experts together.
 
-    `shape` is that of one layer's tensor, unsharded, the vocabulary padded; `stack` the dimensions before it, one per
-    number in the rule's names. `hf_shapes` are those of the Hugging Face tensors of one layer.
+    `shape` is that of one layer's (and expert's) tensor, unsharded, the vocabulary padded; `stack` the dimensions
+    before it, one per number in the rule's names. `hf_shapes` are those of the Hugging Face tensors that make one.
     """
 
     key: str
@@ -99,11 +88,27 @@ class Line:
         return (*self.stack, *self.shape)
 
     def indices(self) -> Iterator[tuple[int, ...]]:
-        """Of every layer; () where there are none."""
-        yield from ((layer,) for layer in range(self.stack[0])) if self.stack else ((),)
+        """Of every layer, and of every expert in it; () where there are none."""
+        yield from itertools.product(*map(range, self.stack))
 
     def hf(self, index: tuple[int, ...]) -> tuple[str, ...]:
-        return tuple(name.format(layer=index[0]) for name in self.rule.hf) if index else self.rule.hf
+        """The names with the numbers filled in."""
+        numbers = dict(zip(("layer", "expert"), index))
+        return tuple(name.format(**numbers) for name in self.rule.hf)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One layer's (and expert's) tensor of a line, on a pipeline stage and an expert-parallel rank (dense: -1)."""
+
+    line: Line
+    index: tuple[int, ...]
+    stage: int
+    expert_rank: int = -1
+
+    @property
+    def hf(self) -> tuple[str, ...]:
+        return self.line.hf(self.index)
 
 
 def table(shape: ModelShape, layout: Layout) -> list[Line]:
@@ -119,35 +124,39 @@ def table(shape: ModelShape, layout: Layout) -> list[Line]:
 
 def _line(rule: Rule, shape: ModelShape, layout: Layout) -> Line:
     whole = _tensor_shape(rule.megatron, shape, layout)
-    parts = runs(rule.kind, whole[0], heads(shape))
-    counts = [sum(run.rows for run in parts if run.source == source) for source in range(len(rule.hf))]
+    runs = rule.kind.runs(whole[0], heads(shape))
+    counts = [sum(run.rows for run in runs if run.source == source) for source in range(len(rule.hf))]
+    ranks = layout.etp if rule.per_expert else layout.tp
     halves = 2 if rule.kind is GATED_LINEAR else 1
+    experts = (shape.experts.num_experts,) if shape.experts and rule.per_expert else ()
     return Line(
-        key=checkpoint_key(rule.megatron),
+        key=checkpoint_key(rule.megatron, shape),
         rule=rule,
-        stack=(shape.num_layers,) if rule.per_layer else (),
+        stack=((shape.num_layers,) if rule.per_layer else ()) + experts,
         shape=whole,
         hf_shapes=tuple((count, *whole[1:]) for count in counts),
-        runs=parts,
-        row_parts=halves * layout.tp if rule.kind in (VOCABULARY, GATED_LINEAR, FUSED_QKV) else 1,
-        column_parts=layout.tp if rule.kind is ROW_PARALLEL else 1,
+        runs=runs,
+        row_parts=halves * ranks if rule.kind in (VOCABULARY, GATED_LINEAR, FUSED_QKV) else 1,
+        column_parts=ranks if rule.kind is ROW_PARALLEL else 1,
     )
 
 
-def checkpoint_key(megatron: str) -> str:
-    """A parameter's name in a checkpoint: the layers are stacked under one name."""
-    name = megatron.replace("{layer}.", "")
+def checkpoint_key(megatron: str, shape: ModelShape) -> str:
+    """A parameter's name in a checkpoint: layers, and experts, are stacked under one name."""
+    name = megatron.replace("{layer}.", "").replace("experts.{expert}.", "experts.experts.")
     for plain, fused in FUSED_NORMS.items():
-        name = name.replace(LAYER + plain, LAYER + fused)
+        # Experts have no linear layer that a norm is fused into.
+        if not (shape.experts and fused.startswith("mlp.")):
+            name = name.replace(LAYER + plain, LAYER + fused)
     return name
 
 
 def _tensor_shape(megatron: str, shape: ModelShape, layout: Layout) -> tuple[int, ...]:
-    """Of one layer's tensor, unsharded; the vocabulary's rows padded for the layout."""
+    """Of one layer's (and expert's) tensor, unsharded; the vocabulary's rows padded for the layout."""
     hidden, mlp = shape.hidden_size, shape.ffn_hidden_size
     queries, pairs = shape.num_heads * shape.head_dim, 2 * shape.num_kv_heads * shape.head_dim
     vocabulary = (padded_vocab_rows(shape.vocab_size, layout.tp) * layout.tp, hidden)
-    return {
+    shapes: dict[str, tuple[int, ...]] = {
         "embedding.word_embeddings.weight": vocabulary,
         "output_layer.weight": (1, hidden) if shape.scalar else vocabulary,
         "decoder.final_layernorm.weight": (hidden,),
@@ -160,7 +169,15 @@ def _tensor_shape(megatron: str, shape: ModelShape, layout: Layout) -> tuple[int
         "self_attention.linear_proj.weight": (hidden, queries),
         "mlp.linear_fc1.weight": (2 * mlp, hidden),
         "mlp.linear_fc2.weight": (hidden, mlp),
-    }[megatron.removeprefix(LAYER + "{layer}.")]
+    }
+    if shape.experts:
+        inner = shape.experts.ffn_hidden_size
+        shapes |= {
+            "mlp.router.weight": (shape.experts.num_experts, hidden),
+            "mlp.experts.{expert}.linear_fc1.weight": (2 * inner, hidden),
+            "mlp.experts.{expert}.linear_fc2.weight": (hidden, inner),
+        }
+    return shapes[megatron.removeprefix(LAYER + "{layer}.")]
 
 
 def hf_shapes(lines: Sequence[Line]) -> dict[str, tuple[int, ...]]:
@@ -176,21 +193,23 @@ def hf_shapes(lines: Sequence[Line]) -> dict[str, tuple[int, ...]]:
 def pieces(lines: Sequence[Line], shape: ModelShape, layout: Layout) -> list[Piece]:
     """All tensors, a layer's together, in the model's order: what comes before the layers, they, and what follows."""
     outside = [line for line in lines if not line.stack]
-    first = [line for line in outside if line.key.startswith("embedding.")]
-    last = [line for line in outside if not line.key.startswith("embedding.")]
-    layers = [line for line in lines if line.stack]
-    found = [Piece(line, (), line.hf(()), 0) for line in first]
+    found = [Piece(line, (), 0) for line in outside if line.key.startswith("embedding.")]
     for layer in range(shape.num_layers):
         stage = layout.stage_of(layer, shape.num_layers)
-        found += [Piece(line, (layer,), line.hf((layer,)), stage) for line in layers]
-    return found + [Piece(line, (), line.hf(()), layout.pp - 1) for line in last]
+        for line in lines:
+            for index in itertools.product((layer,), *map(range, line.stack[1:])) if line.stack else ():
+                rank = index[1] * layout.ep // line.stack[1] if index[1:] else -1
+                found.append(Piece(line, index, stage, rank))
+    return found + [Piece(line, (), layout.pp - 1) for line in outside if not line.key.startswith("embedding.")]
 
 
 def shape_of(identity: Mapping[str, Any]) -> ModelShape:
     """The shape that a checkpoint says its model has. Of the rotary frequencies it has no more than a hash."""
-    names = ModelShape.__dataclass_fields__
-    known = {name: value for name, value in identity.items() if name in names}
-    return ModelShape(**{**known, "family": FAMILIES[identity["family"]], "inv_freq": torch.empty(0)})
+    known = {item.name: identity.get(item.name) for item in fields(ModelShape)}
+    experts = Experts(**known["experts"]) if known["experts"] else None
+    return ModelShape(
+        **{**known, "family": FAMILIES[identity["family"]], "experts": experts, "inv_freq": torch.empty(0)}
+    )
 
 
 def kind_name(kind: Kind) -> str:

@@ -9,7 +9,7 @@ import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -38,6 +38,15 @@ class Heads:
     vocab_size: int
 
 
+class Run(NamedTuple):
+    """`rows` rows from row `start` of Hugging Face tensor number `source` on are those from row `at` on here."""
+
+    source: int
+    start: int
+    at: int
+    rows: int
+
+
 class Kind(Protocol):
     """How a Megatron parameter is cut from and put together into Hugging Face tensors."""
 
@@ -46,6 +55,12 @@ class Kind(Protocol):
 
     def merge(self, shards: Sequence[Tensor], heads: Heads) -> tuple[Tensor, ...]:
         """The full tensors, in the rule's order, from the shards of all ranks."""
+
+    def runs(self, rows: int, heads: Heads) -> tuple[Run, ...]:
+        """Where the rows of the parameter, unsharded and of `rows` rows, come from, in order. The rest is padding.
+
+        Row by row a tensor of any size is converted in blocks, in both directions.
+        """
 
 
 def _block(source: Reader, name: str, rank: int, size: int) -> Tensor:
@@ -63,6 +78,9 @@ class Replicated:
     def merge(self, shards: Sequence[Tensor], heads: Heads) -> tuple[Tensor, ...]:
         return (shards[0],)
 
+    def runs(self, rows: int, heads: Heads) -> tuple[Run, ...]:
+        return (Run(0, 0, 0, rows),)
+
 
 class Vocabulary:
     """Rows cut over the ranks; zero rows pad the end, and are cut off again."""
@@ -73,6 +91,9 @@ class Vocabulary:
 
     def merge(self, shards: Sequence[Tensor], heads: Heads) -> tuple[Tensor, ...]:
         return (torch.cat(list(shards))[: heads.vocab_size],)
+
+    def runs(self, rows: int, heads: Heads) -> tuple[Run, ...]:
+        return (Run(0, 0, 0, heads.vocab_size),)
 
 
 class RowParallel:
@@ -85,6 +106,9 @@ class RowParallel:
     def merge(self, shards: Sequence[Tensor], heads: Heads) -> tuple[Tensor, ...]:
         return (torch.cat(list(shards), dim=1),)
 
+    def runs(self, rows: int, heads: Heads) -> tuple[Run, ...]:
+        return (Run(0, 0, 0, rows),)
+
 
 class GatedLinear:
     """Each rank holds [gate_rank; up_rank]."""
@@ -95,6 +119,10 @@ class GatedLinear:
     def merge(self, shards: Sequence[Tensor], heads: Heads) -> tuple[Tensor, ...]:
         halves = [shard.chunk(2) for shard in shards]
         return tuple(torch.cat([half[i] for half in halves]) for i in range(2))
+
+    def runs(self, rows: int, heads: Heads) -> tuple[Run, ...]:
+        half = rows // 2
+        return (Run(0, 0, 0, half), Run(1, 0, half, half))
 
 
 class FusedQKV:
@@ -120,6 +148,16 @@ class FusedQKV:
         grouped = full.reshape(heads.num_kv_heads, queries + 2 * heads.head_dim, *rest)
         q, k, v = grouped.split([queries, heads.head_dim, heads.head_dim], dim=1)
         return tuple(part.reshape(-1, *rest) for part in (q, k, v))
+
+    def runs(self, rows: int, heads: Heads) -> tuple[Run, ...]:
+        queries, size = heads.num_heads // heads.num_kv_heads * heads.head_dim, heads.head_dim
+        found: list[Run] = []
+        for group in range(heads.num_kv_heads):
+            at = group * (queries + 2 * size)
+            found.append(Run(0, group * queries, at, queries))
+            found.append(Run(1, group * size, at + queries, size))
+            found.append(Run(2, group * size, at + queries + size, size))
+        return tuple(found)
 
 
 REPLICATED, VOCABULARY, ROW_PARALLEL = Replicated(), Vocabulary(), RowParallel()
