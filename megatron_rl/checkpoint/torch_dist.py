@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 
 import megatron_rl.parallel.device  # noqa: F401  (installs the CPU backend before megatron-core)
 from megatron_rl.checkpoint.manifest import DamagedCheckpoint, check_pickle
+from megatron_rl.checkpoint.scratch import room
 from megatron_rl.checkpoint.writing import FORMAT, VERSION
 
 # isort: split
@@ -141,7 +142,7 @@ class SavedTensors:
             starts = (index.start for index in piece.inside(chunk.region))
             at = sum(start * stride for start, stride in zip(starts, strides, strict=True))
             same = target.dtype == self.specs[name].dtype and target.is_contiguous()
-            raw = target if same else torch.empty(target.shape, dtype=self.specs[name].dtype)
+            raw = target if same else room("chunk", tuple(target.shape), self.specs[name].dtype)
             read_bytes(self._descriptor(chunk.file), raw, begin + at * raw.element_size())
             if not same:
                 target.copy_(raw)

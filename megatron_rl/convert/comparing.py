@@ -2,18 +2,22 @@
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from megatron_rl.checkpoint.scratch import room
 from megatron_rl.checkpoint.torch_dist import Spec, as_bytes
-from megatron_rl.convert.opening import stack_of
+from megatron_rl.convert.jobs import THREADS
 from megatron_rl.convert.rows import blocks
 from megatron_rl.convert.tensors import Tensors
+from megatron_rl.metrics.bar import counting
+from megatron_rl.types import RunError
 
-BLOCK = 2**24
+BLOCK = 2**22
 
 
 class Difference(NamedTuple):
@@ -44,11 +48,11 @@ def differences(one: Tensors, other: Tensors, on_bytes: Callable[[int], object])
 
 def rows(tensors: Tensors, name: str, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
     """The tensor in blocks of rows, from its beginning to its end."""
-    spec, stack = tensors.specs[name], stack_of(name, tensors)
+    spec, stack = tensors.specs[name], _stack_of(name, tensors)
     rest = Spec(dtype or spec.dtype, spec.shape[len(stack) :])
     for index in itertools.product(*map(range, stack)):
         for start, stop in blocks(rest.shape[0], rest.row_bytes, BLOCK):
-            block = torch.empty((stop - start, *rest.shape[1:]), dtype=rest.dtype)
+            block = room(str(id(tensors)), (stop - start, *rest.shape[1:]), rest.dtype)
             tensors.read(name, index, start, stop, block)
             yield block
 
@@ -61,16 +65,32 @@ def checksum(tensors: Tensors, name: str, dtype: torch.dtype | None = None) -> s
     return digest.hexdigest()
 
 
-def unequal(source: Tensors, result: Tensors, on_bytes: Callable[[int], object]) -> Iterator[str]:
-    """Tensors whose bytes are not the source's, brought to the result's type; and those that only one has."""
-    for name in sorted(source.specs.keys() | result.specs.keys()):
-        if name not in source.specs or name not in result.specs:
-            yield f"{name} is only in the {'first' if name in source.specs else 'second'}"
-            continue
-        dtype = result.specs[name].dtype
-        if checksum(source, name, dtype) != checksum(result, name):
-            yield f"{name} has another checksum"
+def checksums(source: Tensors, result: Tensors, on_bytes: Callable[[int], object]) -> tuple[dict[str, str], list[str]]:
+    """SHA-256 of every tensor of the result; and a sentence for each that is not the source's in the same type."""
+    both = sorted(source.specs.keys() & result.specs.keys())
+    faults = [f"{name} is only in the first" for name in sorted(source.specs.keys() - result.specs.keys())]
+    faults += [f"{name} is only in the second" for name in sorted(result.specs.keys() - source.specs.keys())]
+
+    def look(name: str) -> tuple[str, bool]:
+        held = checksum(result, name)
+        same = checksum(source, name, result.specs[name].dtype) == held
         on_bytes(result.specs[name].nbytes)
+        return held, same
+
+    with ThreadPoolExecutor(THREADS) as threads:
+        found = dict(zip(both, threads.map(look, both), strict=True))
+    faults += [f"{name} has another SHA-256" for name, (_, same) in found.items() if not same]
+    return {name: held for name, (held, _) in found.items()}, faults
+
+
+def verified(source: Tensors, result: Tensors, left_out: Collection[str]) -> dict[str, str]:
+    """SHA-256 of every tensor of the result, which are the source's; RunError where they are not."""
+    with counting("verifying", sum(spec.nbytes for spec in result.specs.values())) as on_bytes:
+        found, faults = checksums(source, result, on_bytes)
+    faults = [fault for fault in faults if fault.split()[0] not in left_out]
+    if faults:
+        raise RunError(f"the result is not the source, and is not put in place: {'; '.join(faults[:3])}")
+    return found
 
 
 def _largest(one: Tensor, other: Tensor) -> float:
@@ -79,6 +99,12 @@ def _largest(one: Tensor, other: Tensor) -> float:
     apart = (a - b).abs()
     apart[(a == b) | (a.isnan() & b.isnan())] = 0.0
     return float(apart.nan_to_num(nan=float("inf"), posinf=float("inf")).max()) if apart.numel() else 0.0
+
+
+def _stack_of(name: str, tensors: Tensors) -> tuple[int, ...]:
+    """The dimensions before one layer's tensor: a checkpoint stacks layers and experts."""
+    dimensions = (".decoder.layers." in name) + (".experts.experts." in name)
+    return tensors.specs[name].shape[:dimensions]
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -12,11 +12,12 @@ from megatron_rl.checkpoint.hf import INDEX, copy_companions, put_in_place
 from megatron_rl.checkpoint.manifest import DamagedCheckpoint, Entry, complaints, read_manifest, sync_tree
 from megatron_rl.checkpoint.store import check_model, find_checkpoint, read_state
 from megatron_rl.checkpoint.torch_dist import SavedTensors, Spec
-from megatron_rl.convert import matching, provenance, safetensors_files
+from megatron_rl.convert import comparing, matching, provenance, safetensors_files
 from megatron_rl.convert.importing import HF
 from megatron_rl.convert.jobs import JOURNAL, Journal, partial_directory, run_jobs
 from megatron_rl.convert.memory import block_limit
 from megatron_rl.convert.table import Layout, Line, pieces, shape_of, table
+from megatron_rl.convert.tensors import HfTensors
 from megatron_rl.convert.views import AsHf
 from megatron_rl.metrics.bar import counting
 from megatron_rl.models.hf_config import ModelShape, classifier_config, load_shape
@@ -72,6 +73,7 @@ def export_model(
     max_memory: int,
     allowed: Collection[str] = (),
     overwrite: bool = False,
+    verify: bool = False,
 ) -> None:
     """Writes the directory, or goes on writing it. It appears whole or not at all."""
     matching.refuse(saved_complaints(saved, allowed), saved.path)
@@ -91,8 +93,8 @@ def export_model(
         targets = safetensors_files.layout(specs, max_shard_size)
         safetensors_files.make(partial, targets)
         with counting("exporting", total) as on_bytes:
-            receipts = run_jobs(safetensors_files.jobs(partial, view, targets, limit), journal, on_bytes)
-        hashes = {name: held for receipt in receipts for name, held in receipt.items()}
+            run_jobs(safetensors_files.jobs(partial, view, targets, limit), journal, on_bytes)
+        hashes = comparing.verified(view, HfTensors(partial), ()) if verify else {}
         _write_rest(partial, saved, targets, hashes, allowed)
         (partial / JOURNAL).unlink()
         sync_tree(partial)
@@ -152,9 +154,10 @@ def _write_rest(
         verb="export",
         source=str(saved.path),
         step=read_state(saved.path)["step"],
-        sha256=provenance.digest(hashes),
+        files={name: entry._asdict() for name, entry in read_manifest(saved.path).items()},
         role=saved.role,
         dtype=sorted(used),
         allowed=sorted(allowed),
+        sha256=provenance.digest(hashes) if hashes else None,
         tensors=dict(sorted(hashes.items())),
     )

@@ -13,14 +13,14 @@ import torch
 from megatron_rl.checkpoint.hf import COMPANIONS, NOT_COMPANIONS, put_in_place
 from megatron_rl.checkpoint.manifest import Entry, files_of, measure, sync_tree, write_manifest
 from megatron_rl.checkpoint.store import STATE
-from megatron_rl.checkpoint.torch_dist import COMMON, Spec, write_description
-from megatron_rl.convert import matching, provenance, sharded
+from megatron_rl.checkpoint.torch_dist import COMMON, SavedTensors, Spec, write_description
+from megatron_rl.convert import comparing, matching, provenance, sharded
 from megatron_rl.convert.jobs import JOURNAL, Journal, Receipt, partial_directory, run_jobs
 from megatron_rl.convert.memory import block_limit
 from megatron_rl.convert.rows import blocks
 from megatron_rl.convert.table import Layout, Line, pieces, table
-from megatron_rl.convert.tensors import Hashed, HfTensors
-from megatron_rl.convert.views import AsMegatron
+from megatron_rl.convert.tensors import HfTensors
+from megatron_rl.convert.views import AsHf, AsMegatron
 from megatron_rl.metrics.bar import counting
 from megatron_rl.models.hf_config import ModelShape, load_shape
 from megatron_rl.models.hf_map import SCALAR_HEAD
@@ -66,6 +66,7 @@ def import_model(
     max_memory: int,
     allowed: Collection[str] = (),
     overwrite: bool = False,
+    verify: bool = False,
 ) -> None:
     """Writes the checkpoint, or goes on writing it. It appears whole or not at all."""
     matching.refuse(complaints(source, allowed), source.directory)
@@ -76,16 +77,15 @@ def import_model(
         check_tied_copy(source, limit)
         journal = Journal(partial, _whole(source, dtypes, limit, allowed))
 
-        def run(file: sharded.File) -> Receipt:
-            hashed = Hashed(source.tensors)
-            view = AsMegatron(hashed, source.lines, source.role, dtypes)
-            return {**sharded.write_file(partial, file, view, limit), "sources": hashed.digests()}
-
+        view = AsMegatron(source.tensors, source.lines, source.role, dtypes)
+        work = sharded.jobs(partial, files, lambda file: sharded.write_file(partial, file, view, limit))
         with counting("importing", sum(file.nbytes for file in files)) as on_bytes:
-            receipts = run_jobs(sharded.jobs(partial, files, run), journal, on_bytes)
+            receipts = run_jobs(work, journal, on_bytes)
         specs = {f"{source.role}.{line.key}": Spec(dtypes[line.key], line.whole) for line in source.lines}
         write_description(partial, specs, sharded.chunks_of(files, receipts, limit))
-        _write_rest(partial, source, dtypes, allowed, receipts)
+        result = AsHf(SavedTensors(partial), source.lines, source.role)
+        hashes = comparing.verified(source.tensors, result, matching.left_out(source.shape, allowed)) if verify else {}
+        _write_rest(partial, source, dtypes, allowed, hashes)
         finish(partial, target, files, receipts)
 
 
@@ -151,7 +151,7 @@ def _write_rest(
     source: Source,
     dtypes: Mapping[str, torch.dtype],
     allowed: Collection[str],
-    receipts: Sequence[Receipt],
+    hashes: Mapping[str, str],
 ) -> None:
     """What a checkpoint is beside its tensors. No dates, so that a conversion is the same bytes every time."""
     torch.save({}, partial / COMMON)
@@ -160,16 +160,16 @@ def _write_rest(
     (partial / HF).mkdir(exist_ok=True)
     for path in _companions(source.directory):
         shutil.copyfile(path, partial / HF / path.name)
-    hashes = {name: held for receipt in receipts for name, held in receipt["sources"].items()}
     provenance.write(
         partial,
         verb="import",
         source=str(source.directory),
-        sha256=provenance.digest(hashes),
+        files=source.tensors.identity(),
         role=source.role,
         layout=asdict(source.layout),
         dtype=sorted({str(dtype).removeprefix("torch.") for dtype in dtypes.values()}),
         allowed=sorted(allowed),
+        sha256=provenance.digest(hashes) if hashes else None,
         tensors=dict(sorted(hashes.items())),
     )
 

@@ -75,7 +75,7 @@ def as_text(held: Mapping[str, Any], *, tensors: bool) -> str:
     if held["conversion"]:
         made = held["conversion"]
         versions = ", ".join(f"{name} {number}" for name, number in made["versions"].items())
-        lines.append(f"made by convert {made['verb']} of {made['source']} ({made['sha256'][:16]}) with {versions}")
+        lines.append(f"made by convert {made['verb']} of {made['source']} with {versions}")
     if tensors:
         lines += [f"{name} {row['dtype']} {row['shape']}" for name, row in held["tensors"].items()]
     return "\n".join(lines)
@@ -99,6 +99,6 @@ def _name(spec: Spec) -> str:
 
 
 def _conversion(path: Path) -> dict[str, Any] | None:
-    """Without the hashes of the single tensors."""
+    """Without the hashes of single tensors and files."""
     held = provenance.read(path)
-    return held and {name: value for name, value in held.items() if name != "tensors"}
+    return held and {name: value for name, value in held.items() if name not in ("tensors", "files")}

@@ -68,6 +68,11 @@ def is_tied_copy(name: str, shape: ModelShape) -> bool:
     return shape.tied and name == OUTPUT_LAYER
 
 
+def left_out(shape: ModelShape, allowed: Collection[str]) -> frozenset[str]:
+    """Tensors of a directory that no checkpoint has."""
+    return frozenset(allowed) | ({OUTPUT_LAYER} if shape.tied else frozenset())
+
+
 def _maker(name: str, lines: Sequence[Line]) -> str:
     return next(line.key for line in lines for index in line.indices() if name in line.hf(index))
 

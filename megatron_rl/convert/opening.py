@@ -35,9 +35,3 @@ def to_compare(one: Path, other: Path, role: str | None, like: Path | None) -> t
         found = [SavedTensors(find_checkpoint(path, "the checkpoint")) for path in (one, other)]
         return found[0], found[1]
     return as_hf(one, role, like), as_hf(other, role, like)
-
-
-def stack_of(name: str, tensors: Tensors) -> tuple[int, ...]:
-    """The dimensions before one layer's tensor: a checkpoint stacks layers and experts."""
-    dimensions = (".decoder.layers." in name) + (".experts.experts." in name)
-    return tensors.specs[name].shape[:dimensions]

@@ -63,7 +63,7 @@ def reshard(path: Path, target: Path, *, layout: Layout, max_memory: int, overwr
             partial,
             verb="reshard",
             source=str(path),
-            sha256=entries[DESCRIPTION].sha256,
+            files={name: entry._asdict() for name, entry in entries.items()},
             layout=asdict(layout),
             before=provenance.read(path),
         )

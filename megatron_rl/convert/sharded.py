@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.checkpoint.manifest import Entry, HashedFile, measure
+from megatron_rl.checkpoint.scratch import room
 from megatron_rl.checkpoint.torch_dist import Chunk, Region, Spec
 from megatron_rl.convert.jobs import Job, Receipt
 from megatron_rl.convert.rows import blocks
@@ -81,7 +82,7 @@ def write_file(directory: Path, file: File, source: Tensors, limit: int) -> Rece
         stream = HashedFile(opened)
         for part in file.parts:
             for start, stop, cut in regions(part, limit):
-                block = torch.empty((stop - start, *part.spec.shape[1:]), dtype=part.spec.dtype)
+                block = room("block", (stop - start, *part.spec.shape[1:]), part.spec.dtype)
                 source.read(part.key, part.index, start, stop, block)
                 for region in cut:
                     places.append(_save(stream, block, part, region))
@@ -94,7 +95,8 @@ def _save(stream: HashedFile, block: Tensor, part: Part, region: Region) -> tupl
     """Where a region of a block of rows lies once it is saved: offset and length."""
     begin = stream.tell()
     if part.column_parts > 1:
-        block = block[:, region.offset[-1] : region.offset[-1] + region.sizes[-1]].contiguous()
+        columns = block[:, region.offset[-1] : region.offset[-1] + region.sizes[-1]]
+        block = room("columns", tuple(columns.shape), columns.dtype).copy_(columns)
     torch.save(block.view(region.sizes), stream)  # type: ignore[arg-type]
     return begin, stream.tell() - begin
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from megatron_rl.checkpoint.hf import IGNORED_SUFFIX, SafetensorsReader
-from megatron_rl.checkpoint.torch_dist import Spec, as_bytes, read_bytes
+from megatron_rl.checkpoint.scratch import room
+from megatron_rl.checkpoint.torch_dist import Spec, read_bytes
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -67,40 +68,25 @@ class HfTensors:
             file: (self.directory / file).stat() for file in sorted({place.file for place in self._places.values()})
         }
 
-    def read(self, name: str, index: tuple[int, ...], start: int, stop: int, out: Tensor) -> None:
-        self.read_hashed(name, start, stop, out, None)
+    def identity(self) -> dict[str, Any]:
+        """Size, and SHA-256 of the header, of each file: which tensors it has, not what is in them."""
+        return {
+            file: {
+                "bytes": held.st_size,
+                "header_sha256": hashlib.sha256(_header_bytes(self.directory / file)).hexdigest(),
+            }
+            for file, held in self.files().items()
+        }
 
-    def read_hashed(self, name: str, start: int, stop: int, out: Tensor, digest: Any) -> None:
-        """The same; `digest` sees the bytes as they are stored."""
+    def read(self, name: str, index: tuple[int, ...], start: int, stop: int, out: Tensor) -> None:
         spec, place = self.specs[name], self._places[name]
         if place.file not in self._descriptors:
             self._descriptors[place.file] = os.open(self.directory / place.file, os.O_RDONLY)
         same = out.dtype == spec.dtype and out.is_contiguous()
-        raw = out if same else torch.empty(out.shape, dtype=spec.dtype)
+        raw = out if same else room("raw", tuple(out.shape), spec.dtype)
         read_bytes(self._descriptors[place.file], raw, place.offset + start * spec.row_bytes)
-        if digest is not None:
-            digest.update(as_bytes(raw))
         if not same:
             out.copy_(raw)
-
-
-class Hashed:
-    """Tensors of a Hugging Face directory that are hashed while they are read, each from its beginning to its end."""
-
-    def __init__(self, source: HfTensors) -> None:
-        self.source, self.specs = source, source.specs
-        self._open: dict[str, tuple[Any, int]] = {}
-
-    def read(self, name: str, index: tuple[int, ...], start: int, stop: int, out: Tensor) -> None:
-        digest, done = self._open.get(name, (hashlib.sha256(), 0))
-        assert start == done, f"{name} is read in order"
-        self.source.read_hashed(name, start, stop, out, digest)
-        self._open[name] = digest, stop
-
-    def digests(self) -> dict[str, str]:
-        """SHA-256 of the tensors that were read."""
-        assert all(done == self.specs[name].shape[0] for name, (_, done) in self._open.items())
-        return {name: digest.hexdigest() for name, (digest, _) in self._open.items()}
 
 
 def _counts(name: str) -> bool:
@@ -109,6 +95,10 @@ def _counts(name: str) -> bool:
 
 def _header(path: Path) -> dict[str, Any]:
     """What a file, which SafetensorsReader has checked, says of its tensors; under "" where their bytes begin."""
+    text = _header_bytes(path)
+    return {**json.loads(text), "": 8 + len(text)}
+
+
+def _header_bytes(path: Path) -> bytes:
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        return {**json.loads(file.read(length)), "": 8 + length}
+        return file.read(int.from_bytes(file.read(8), "little"))

@@ -1,0 +1,165 @@
+"""Time and memory of conversions beside a plain copy of the same bytes, as a table.
+
+    python tools/bench_convert.py --size 1GB --max-memory 300MB --rounds 3 --out docs/results/convert/bench.csv
+
+A model of random numbers is made, imported (TP2, PP2), exported and resharded, each in a process of its own; then its
+files are copied. Both sides sync what they write to the disk. The memory is the process's resident set at its peak,
+mapped files included, less what it was when the libraries were imported.
+"""
+
+import argparse
+import csv
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from megatron_rl.convert.memory import size
+
+CODE = """
+import sys, time, json
+from pathlib import Path
+import megatron_rl.convert.command
+from megatron_rl.cli import main
+
+def memory(field):
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+
+Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+before, began = memory("VmRSS"), time.perf_counter()
+code = main(["convert", *sys.argv[1:]])
+seconds = time.perf_counter() - began
+print(json.dumps({"seconds": seconds, "before": before, "peak": memory("VmHWM")}))
+sys.exit(code)
+"""
+
+
+def make_model(directory: Path, nbytes: int, family: str) -> None:
+    """A model of about `nbytes` bytes in bfloat16, in two files, never whole in memory."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig, Qwen3MoeConfig
+
+    from megatron_rl.models.hf_config import tensor_shapes
+
+    hidden, vocabulary = 2048, 32001
+    common = {"hidden_size": hidden, "vocab_size": vocabulary, "num_attention_heads": 16, "num_key_value_heads": 8}
+    if family == "llama":
+        config = LlamaConfig(**common, intermediate_size=5632, num_hidden_layers=1)
+        layer = 2 * (hidden * hidden * 3 + 3 * hidden * 5632)
+    else:
+        experts = {"num_experts": 32, "num_experts_per_tok": 2, "moe_intermediate_size": 768}
+        config = Qwen3MoeConfig(**common, **experts, head_dim=128, intermediate_size=768, num_hidden_layers=1)
+        layer = 2 * (hidden * hidden * 3 + 32 * 3 * hidden * 768)
+    config.num_hidden_layers = max(1, round((nbytes - 4 * hidden * vocabulary) / layer))
+    config.architectures = ["LlamaForCausalLM" if family == "llama" else "Qwen3MoeForCausalLM"]
+    directory.mkdir(parents=True)
+    config.save_pretrained(directory)
+    names = list(tensor_shapes(directory).items())
+    index: dict[str, str] = {}
+    for part in range(2):
+        file = f"model-{part + 1:05d}-of-00002.safetensors"
+        held = {name: torch.randn(shape).bfloat16() for name, shape in names[part::2]}
+        save_file(held, directory / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(held, file)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+def bytes_of(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+
+def copy(source: Path, target: Path) -> float:
+    """Seconds of a plain copy that is on the disk when it ends."""
+    began = time.perf_counter()
+    target.mkdir()
+    for path in sorted(source.iterdir()):
+        if path.is_file():
+            shutil.copyfile(path, target / path.name)
+            descriptor = os.open(target / path.name, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+    seconds = time.perf_counter() - began
+    shutil.rmtree(target)
+    return seconds
+
+
+def convert(*arguments: object) -> dict[str, float]:
+    """Runs one conversion in a process of its own."""
+    command = [sys.executable, "-c", CODE, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(nbytes: int, max_memory: str, rounds: int, family: str, place: Path) -> list[dict[str, object]]:
+    """A row per verb: medians over the rounds."""
+    source = place / "source"
+    make_model(source, nbytes, family)
+    layout = ("--tp", 2, "--pp", 2, *(("--ep", 2) if family == "qwen3_moe" else ()))
+    verbs = {
+        "import": ("import", source, place / "import", *layout),
+        "export": ("export", place / "import", place / "export"),
+        "reshard": ("reshard", place / "import", place / "reshard", "--tp", 4),
+    }
+    found: dict[str, list[dict[str, float]]] = {verb: [] for verb in verbs}
+    for _ in range(rounds):
+        for verb, arguments in verbs.items():
+            copied = copy(source, place / "copy")
+            shutil.rmtree(place / verb, ignore_errors=True)
+            figures = convert(*arguments, "--max-memory", max_memory)
+            found[verb].append({**figures, "copy": copied, "ratio": copied / figures["seconds"]})
+    return [
+        {
+            "family": family,
+            "verb": verb,
+            "bytes": bytes_of(source),
+            "max_memory": size(max_memory),
+            "rounds": rounds,
+            "seconds": round(statistics.median(row["seconds"] for row in rows), 3),
+            "copy_seconds": round(statistics.median(row["copy"] for row in rows), 3),
+            "speed_of_copy": round(statistics.median(row["ratio"] for row in rows), 3),
+            "peak_above_start": math.ceil(max(row["peak"] - row["before"] for row in rows)),
+            "interpreter": math.ceil(max(row["before"] for row in rows)),
+        }
+        for verb, rows in found.items()
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="1GB")
+    parser.add_argument("--max-memory", default="300MB")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--family", choices=("llama", "qwen3_moe"), default="llama")
+    parser.add_argument("--out", type=Path, help="a CSV file that the rows are appended to")
+    options = parser.parse_args()
+    place = Path(tempfile.mkdtemp(prefix="bench_convert"))
+    try:
+        rows = measure(size(options.size), options.max_memory, options.rounds, options.family, place)
+    finally:
+        shutil.rmtree(place)
+    for row in rows:
+        print(row)
+    if options.out is not None:
+        stamped = [{"date": time.strftime("%Y-%m-%d"), **row} for row in rows]
+        new = not options.out.exists()
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        with options.out.open("a", newline="") as file:
+            writer = csv.DictWriter(file, list(stamped[0]))
+            if new:
+                writer.writeheader()
+            writer.writerows(stamped)
+
+
+if __name__ == "__main__":
+    main()
