@@ -48,6 +48,8 @@ from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.dist_checkpointing.validation import StrictHandling
 
 STATE, GENERATORS, LATEST = "state.json", "generators.safetensors", "latest"
+# In a checkpoint that no run wrote, what its model is beside the tensors: a `model.path`.
+HF = "hf"
 
 
 class Role(Protocol):

@@ -102,7 +102,7 @@ class SavedTensors:
                     raise DamagedCheckpoint(f"{path / DESCRIPTION} does not say where {key} at {chunk.offsets} lies")
                 region = Region(tuple(chunk.offsets), tuple(chunk.sizes))
                 self.chunks[key].append(Chunk(region, place.relative_path, place.offset, place.length))
-        self._descriptors: dict[str, int] = {}
+        self._open: dict[str, io.FileIO] = {}
         self._begins: dict[Chunk, int] = {}
 
     def check_whole(self, key: str) -> None:
@@ -148,9 +148,9 @@ class SavedTensors:
                 target.copy_(raw)
 
     def _descriptor(self, file: str) -> int:
-        if file not in self._descriptors:
-            self._descriptors[file] = os.open(self.path / file, os.O_RDONLY)
-        return self._descriptors[file]
+        if file not in self._open:
+            self._open.setdefault(file, io.FileIO(self.path / file))
+        return self._open[file].fileno()
 
     def _begin(self, name: str, chunk: Chunk) -> int:
         """Where in its file the chunk's elements begin. torch says it of tensors that it loads without their bytes."""

@@ -10,10 +10,9 @@ import torch
 
 from megatron_rl.checkpoint.hf import INDEX, copy_companions, put_in_place
 from megatron_rl.checkpoint.manifest import DamagedCheckpoint, Entry, complaints, read_manifest, sync_tree
-from megatron_rl.checkpoint.store import check_model, find_checkpoint, read_state
+from megatron_rl.checkpoint.store import HF, check_model, find_checkpoint, read_state
 from megatron_rl.checkpoint.torch_dist import SavedTensors, Spec
 from megatron_rl.convert import comparing, matching, provenance, safetensors_files
-from megatron_rl.convert.importing import HF
 from megatron_rl.convert.jobs import JOURNAL, Journal, partial_directory, run_jobs
 from megatron_rl.convert.memory import block_limit
 from megatron_rl.convert.table import Layout, Line, pieces, shape_of, table

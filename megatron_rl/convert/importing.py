@@ -12,7 +12,7 @@ import torch
 
 from megatron_rl.checkpoint.hf import COMPANIONS, NOT_COMPANIONS, put_in_place
 from megatron_rl.checkpoint.manifest import Entry, files_of, measure, sync_tree, write_manifest
-from megatron_rl.checkpoint.store import STATE
+from megatron_rl.checkpoint.store import HF, STATE
 from megatron_rl.checkpoint.torch_dist import COMMON, SavedTensors, Spec, write_description
 from megatron_rl.convert import comparing, matching, provenance, sharded
 from megatron_rl.convert.jobs import JOURNAL, Journal, Receipt, partial_directory, run_jobs
@@ -25,8 +25,6 @@ from megatron_rl.metrics.bar import counting
 from megatron_rl.models.hf_config import ModelShape, load_shape
 from megatron_rl.models.hf_map import SCALAR_HEAD
 
-# In a checkpoint, what its model is beside the tensors: enough to export it, and to be a `model.path`.
-HF = "hf"
 CRITIC = "critic"
 
 

@@ -6,8 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from megatron_rl.checkpoint.manifest import MANIFEST, DamagedCheckpoint, Entry, complaints, read_manifest
 from megatron_rl.checkpoint.store import find_checkpoint, read_state
 from megatron_rl.checkpoint.torch_dist import DESCRIPTION, SavedTensors, Spec, write_description
@@ -16,24 +14,11 @@ from megatron_rl.convert.importing import finish
 from megatron_rl.convert.jobs import Journal, partial_directory, run_jobs
 from megatron_rl.convert.memory import block_limit
 from megatron_rl.convert.table import Layout, pieces, shape_of, table
+from megatron_rl.convert.views import Resized
 from megatron_rl.metrics.bar import counting
 
 # Before the name of a weight, in the keys of what the optimizer keeps of it (workers/adam_state.py).
 BESIDE = ("", "optimizer.param.", "optimizer.exp_avg.", "optimizer.exp_avg_sq.")
-
-
-class Resized:
-    """Tensors with fewer or more rows of padding than they were saved with."""
-
-    def __init__(self, source: SavedTensors, specs: Mapping[str, Spec]) -> None:
-        self.source, self.specs = source, specs
-
-    def read(self, name: str, index: tuple[int, ...], start: int, stop: int, out: Tensor) -> None:
-        rows = self.source.specs[name].shape[len(index)]
-        held = max(0, min(stop, rows) - start)
-        if held:
-            self.source.read(name, index, start, start + held, out[:held])
-        out[held:].zero_()
 
 
 def reshard(path: Path, target: Path, *, layout: Layout, max_memory: int, overwrite: bool = False) -> None:

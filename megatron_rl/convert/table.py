@@ -205,11 +205,10 @@ def pieces(lines: Sequence[Line], shape: ModelShape, layout: Layout) -> list[Pie
 
 def shape_of(identity: Mapping[str, Any]) -> ModelShape:
     """The shape that a checkpoint says its model has. Of the rotary frequencies it has no more than a hash."""
-    known = {item.name: identity.get(item.name) for item in fields(ModelShape)}
-    experts = Experts(**known["experts"]) if known["experts"] else None
-    return ModelShape(
-        **{**known, "family": FAMILIES[identity["family"]], "experts": experts, "inv_freq": torch.empty(0)}
-    )
+    known: dict[str, Any] = {item.name: identity.get(item.name) for item in fields(ModelShape)}
+    known["family"] = FAMILIES[identity["family"]]
+    known["experts"] = Experts(**known["experts"]) if known["experts"] else None
+    return ModelShape(**{**known, "inv_freq": torch.empty(0)})
 
 
 def kind_name(kind: Kind) -> str:

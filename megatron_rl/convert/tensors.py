@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -45,7 +46,7 @@ class HfTensors:
         self.directory = Path(directory)
         self.specs: dict[str, Spec] = {}
         self._places: dict[str, _Place] = {}
-        self._descriptors: dict[str, int] = {}
+        self._open: dict[str, FileIO] = {}
         files = {name: file for name, file in SafetensorsReader(directory).files.items() if _counts(name)}
         for file in sorted(set(files.values())):
             held = _header(self.directory / file)
@@ -80,11 +81,11 @@ class HfTensors:
 
     def read(self, name: str, index: tuple[int, ...], start: int, stop: int, out: Tensor) -> None:
         spec, place = self.specs[name], self._places[name]
-        if place.file not in self._descriptors:
-            self._descriptors[place.file] = os.open(self.directory / place.file, os.O_RDONLY)
+        if place.file not in self._open:
+            self._open.setdefault(place.file, FileIO(self.directory / place.file))
         same = out.dtype == spec.dtype and out.is_contiguous()
         raw = out if same else room("raw", tuple(out.shape), spec.dtype)
-        read_bytes(self._descriptors[place.file], raw, place.offset + start * spec.row_bytes)
+        read_bytes(self._open[place.file].fileno(), raw, place.offset + start * spec.row_bytes)
         if not same:
             out.copy_(raw)
 

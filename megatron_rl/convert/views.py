@@ -48,3 +48,17 @@ class AsHf:
         for run in of_source(line.runs, number, start, stop):
             into = out[run.start - start : run.start - start + run.rows]
             self.source.read(f"{self.role}.{line.key}", at, run.at, run.at + run.rows, into)
+
+
+class Resized:
+    """Tensors with fewer or more rows of padding than they were saved with."""
+
+    def __init__(self, source: Tensors, specs: Mapping[str, Spec]) -> None:
+        self.source, self.specs = source, specs
+
+    def read(self, name: str, index: tuple[int, ...], start: int, stop: int, out: Tensor) -> None:
+        rows = self.source.specs[name].shape[len(index)]
+        held = max(0, min(stop, rows) - start)
+        if held:
+            self.source.read(name, index, start, start + held, out[:held])
+        out[held:].zero_()

@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from megatron_rl.checkpoint.store import STATE, find_checkpoint, read_state
+from megatron_rl.checkpoint.store import HF, STATE, find_checkpoint, read_state
 from megatron_rl.config.layers import Layer, file_layers, override_layer
 from megatron_rl.config.load import Loaded, as_dict, load, of_trainer, options_of, resolve, trainer_of, written_in
 from megatron_rl.config.rules import ConfigError
@@ -36,7 +36,8 @@ def evaluation_config(model: str, data: str | None = None, overrides: Sequence[s
         checkpoint = find_checkpoint(path, "MODEL")
         in_run = checkpoint.resolve().parent.name == CHECKPOINTS
         place = checkpoint.parents[1] / "eval" if in_run else RESULTS
-        defaults = _defaults(read_state(checkpoint)["config"], str(checkpoint), place / checkpoint.name)
+        config = read_state(checkpoint).get("config") or {"model": {"path": str(checkpoint / HF)}, "run": {}}
+        defaults = _defaults(config, str(checkpoint), place / checkpoint.name)
     elif (path / "config.json").is_file():
         own = {"trainer": "eval", "model": {"path": model}, "run": {"dir": str(RESULTS / path.resolve().name)}}
         defaults = Layer(f"MODEL {model!r}", OmegaConf.create(own))

@@ -75,7 +75,11 @@ def latest_checkpoint(config: Config) -> Path | None:
         path = find_checkpoint(config.checkpoint.load, "checkpoint.load")
     if path is None:
         return None
-    trainer = read_state(path)["trainer"]
+    trainer = read_state(path).get("trainer")
+    if trainer is None:
+        raise ValueError(
+            f"{path} was imported: it has weights and nothing of a run to continue; start from them with model.weights"
+        )
     if trainer != config.trainer:
         raise ValueError(
             f"{path} is of trainer {trainer!r}, not {config.trainer!r}: name another run.dir or checkpoint.load, or "
