@@ -146,8 +146,10 @@ def convert_with(options: argparse.Namespace) -> int:
 
     try:
         return convert(options)
-    except (ValueError, RunError, OSError) as error:
+    except (ValueError, RunError) as error:
         return mistake(error)
+    except OSError as error:
+        return mistake(OSError(f"the conversion stopped and goes on when it is started again: {error}"))
 
 
 def mistake(error: Exception) -> int:

@@ -2,7 +2,7 @@
 
     python tools/bench_convert.py --size 1GB --max-memory 300MB --rounds 3 --out docs/results/convert/bench.csv
 
-A model of random numbers is made, imported (TP2, PP2), exported and resharded, each in a process of its own; then its
+A model of random numbers is imported (TP2, PP2), exported and resharded, in a process of its own; before and after, its
 files are copied. Both sides sync what they write to the disk. The memory is the process's resident set at its peak,
 mapped files included, less what it was when the libraries were imported.
 """
@@ -33,12 +33,15 @@ def memory(field):
         if line.startswith(field):
             return int(line.split()[1]) * 1024
 
-Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-before, began = memory("VmRSS"), time.perf_counter()
-code = main(["convert", *sys.argv[1:]])
-seconds = time.perf_counter() - began
-print(json.dumps({"seconds": seconds, "before": before, "peak": memory("VmHWM")}))
-sys.exit(code)
+before, found = memory("VmRSS"), {}
+for arguments in json.loads(sys.argv[1]):
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    began = time.perf_counter()
+    if main(["convert", *arguments]):
+        sys.exit(1)
+    seconds = time.perf_counter() - began
+    found[arguments[0]] = {"seconds": seconds, "before": before, "peak": memory("VmHWM")}
+print(json.dumps(found))
 """
 
 
@@ -50,15 +53,15 @@ def make_model(directory: Path, nbytes: int, family: str) -> None:
 
     from megatron_rl.models.hf_config import tensor_shapes
 
-    hidden, vocabulary = 2048, 32001
+    hidden, vocabulary = 1024, 32001
     common = {"hidden_size": hidden, "vocab_size": vocabulary, "num_attention_heads": 16, "num_key_value_heads": 8}
     if family == "llama":
-        config = LlamaConfig(**common, intermediate_size=5632, num_hidden_layers=1)
-        layer = 2 * (hidden * hidden * 3 + 3 * hidden * 5632)
+        config = LlamaConfig(**common, intermediate_size=2816, num_hidden_layers=1)
+        layer = 2 * (hidden * hidden * 3 + 3 * hidden * 2816)
     else:
-        experts = {"num_experts": 32, "num_experts_per_tok": 2, "moe_intermediate_size": 768}
-        config = Qwen3MoeConfig(**common, **experts, head_dim=128, intermediate_size=768, num_hidden_layers=1)
-        layer = 2 * (hidden * hidden * 3 + 32 * 3 * hidden * 768)
+        experts = {"num_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 384}
+        config = Qwen3MoeConfig(**common, **experts, head_dim=64, intermediate_size=384, num_hidden_layers=1)
+        layer = 2 * (hidden * hidden * 3 + 16 * 3 * hidden * 384)
     config.num_hidden_layers = max(1, round((nbytes - 4 * hidden * vocabulary) / layer))
     config.architectures = ["LlamaForCausalLM" if family == "llama" else "Qwen3MoeForCausalLM"]
     directory.mkdir(parents=True)
@@ -92,32 +95,34 @@ def copy(source: Path, target: Path) -> float:
     return seconds
 
 
-def convert(*arguments: object) -> dict[str, float]:
-    """Runs one conversion in a process of its own."""
-    command = [sys.executable, "-c", CODE, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
+def convert(verbs: list[list[str]]) -> dict[str, dict[str, float]]:
+    """Runs conversions one after the other in a process of their own."""
+    done = subprocess.run([sys.executable, "-c", CODE, json.dumps(verbs)], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def measure(nbytes: int, max_memory: str, rounds: int, family: str, place: Path) -> list[dict[str, object]]:
-    """A row per verb: medians over the rounds."""
+    """A row per verb: medians over the rounds, and the highest peak."""
     source = place / "source"
     make_model(source, nbytes, family)
-    layout = ("--tp", 2, "--pp", 2, *(("--ep", 2) if family == "qwen3_moe" else ()))
-    verbs = {
-        "import": ("import", source, place / "import", *layout),
-        "export": ("export", place / "import", place / "export"),
-        "reshard": ("reshard", place / "import", place / "reshard", "--tp", 4),
-    }
-    found: dict[str, list[dict[str, float]]] = {verb: [] for verb in verbs}
+    layout = ["--tp", "2", "--pp", "2", *(["--ep", "2"] if family == "qwen3_moe" else [])]
+    made = {verb: str(place / verb) for verb in ("import", "export", "reshard")}
+    verbs = [
+        ["import", str(source), made["import"], *layout, "--max-memory", max_memory],
+        ["export", made["import"], made["export"], "--max-memory", max_memory],
+        ["reshard", made["import"], made["reshard"], "--tp", "4", "--max-memory", max_memory],
+    ]
+    found: dict[str, list[dict[str, float]]] = {verb: [] for verb in made}
     for _ in range(rounds):
-        for verb, arguments in verbs.items():
-            copied = copy(source, place / "copy")
-            shutil.rmtree(place / verb, ignore_errors=True)
-            figures = convert(*arguments, "--max-memory", max_memory)
-            found[verb].append({**figures, "copy": copied, "ratio": copied / figures["seconds"]})
+        for target in made.values():
+            shutil.rmtree(target, ignore_errors=True)
+        before = copy(source, place / "copy")
+        figures = convert(verbs)
+        copied = (before + copy(source, place / "copy")) / 2
+        for verb, row in figures.items():
+            found[verb].append({**row, "copy": copied, "ratio": copied / row["seconds"]})
     return [
         {
             "family": family,

@@ -156,8 +156,12 @@ class SavedTensors:
         """Where in its file the chunk's elements begin. torch says it of tensors that it loads without their bytes."""
         if chunk not in self._begins:
             held = io.BufferedReader(_Part(self._descriptor(chunk.file), chunk.offset, chunk.length), 4096)
-            with FakeTensorMode():
-                fake: Tensor = torch.load(held, weights_only=True)
+            try:
+                with FakeTensorMode():
+                    fake: Tensor = torch.load(held, weights_only=True)
+            except (pickle.UnpicklingError, RuntimeError) as error:
+                reason = str(error).split("\n")[0]
+                raise DamagedCheckpoint(f"{self.path / chunk.file} has no tensor for {name}: {reason}") from error
             spec = self.specs[name]
             if tuple(fake.shape) != chunk.region.sizes or fake.dtype != spec.dtype or not fake.is_contiguous():
                 raise DamagedCheckpoint(

@@ -26,20 +26,6 @@ def convert(*arguments: object) -> int:
     return main(["convert", *map(str, arguments)])
 
 
-@pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """What a conversion says that is refused: one line, and exit code 2."""
-
-    def run(*arguments: object) -> str:
-        capsys.readouterr()
-        assert convert(*arguments) == 2
-        said = capsys.readouterr().err
-        assert said.startswith("megatron-rl: ") and said.count("\n") == 1, said
-        return said
-
-    return run
-
-
 def weights(directory: Path) -> dict[str, Tensor]:
     return {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
