@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from megatron_rl.convert.memory import size
 
@@ -47,7 +48,6 @@ print(json.dumps(found))
 
 def make_model(directory: Path, nbytes: int, family: str) -> None:
     """A model of about `nbytes` bytes in bfloat16, in two files, never whole in memory."""
-    import torch
     from safetensors.torch import save_file
     from transformers import LlamaConfig, Qwen3MoeConfig
 
@@ -70,10 +70,19 @@ def make_model(directory: Path, nbytes: int, family: str) -> None:
     index: dict[str, str] = {}
     for part in range(2):
         file = f"model-{part + 1:05d}-of-00002.safetensors"
-        held = {name: torch.randn(shape).bfloat16() for name, shape in names[part::2]}
+        held = {name: numbers(shape, seed) for seed, (name, shape) in enumerate(names[part::2])}
         save_file(held, directory / file, metadata={"format": "pt"})
         index |= dict.fromkeys(held, file)
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+def numbers(shape: tuple[int, ...], seed: int) -> Any:
+    """A tensor that differs from the others; drawing every number would take longer than converting it."""
+    import torch
+
+    drawn = torch.randn(2**20, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    count = math.prod(shape)
+    return drawn.repeat(-(-count // len(drawn)))[:count].view(shape)
 
 
 def bytes_of(directory: Path) -> int:

@@ -2,17 +2,18 @@
 
 import collections
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from megatron_rl.checkpoint.hf import INDEX, copy_companions, put_in_place
-from megatron_rl.checkpoint.manifest import DamagedCheckpoint, Entry, complaints, read_manifest, sync_tree
+from megatron_rl.checkpoint.manifest import Entry, read_manifest, sync_tree
 from megatron_rl.checkpoint.store import HF, check_model, find_checkpoint, read_state
 from megatron_rl.checkpoint.torch_dist import SavedTensors, Spec
 from megatron_rl.convert import comparing, matching, provenance, safetensors_files
+from megatron_rl.convert.intact import check_files
 from megatron_rl.convert.jobs import JOURNAL, Journal, partial_directory, run_jobs
 from megatron_rl.convert.memory import block_limit
 from megatron_rl.convert.table import Layout, Line, pieces, shape_of, table
@@ -87,8 +88,7 @@ def export_model(
         entries = read_manifest(saved.path)
         journal = Journal(partial, _whole(saved, dtype, max_shard_size, limit, allowed, entries))
         total = sum(spec.nbytes for spec in specs.values())
-        with counting("checking", total) as on_bytes:
-            _check_files(saved, keys, on_bytes)
+        check_files(saved.path, entries, saved.tensors.files(keys))
         targets = safetensors_files.layout(specs, max_shard_size)
         safetensors_files.make(partial, targets)
         with counting("exporting", total) as on_bytes:
@@ -98,13 +98,6 @@ def export_model(
         (partial / JOURNAL).unlink()
         sync_tree(partial)
         put_in_place(partial, target)
-
-
-def _check_files(saved: Saved, keys: Sequence[str], on_bytes: Any) -> None:
-    """Refuses a checkpoint of which a file that is read is not what was written."""
-    entries = read_manifest(saved.path)
-    for complaint in complaints(saved.path, entries, saved.tensors.files(keys)):
-        raise DamagedCheckpoint(complaint)
 
 
 def _whole(

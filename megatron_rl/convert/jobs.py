@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_rl.types import RunError
+
 JOURNAL = "journal.jsonl"
 THREADS = 4  # hashing, reading and writing leave Python's lock alone
 LOCK = "a conversion into {path} is under way in another process"
@@ -102,5 +104,9 @@ def partial_directory(target: Path, *, overwrite: bool) -> Iterator[Path]:
         except BlockingIOError as error:
             raise ValueError(LOCK.format(path=target)) from error
         yield partial
+    except (ValueError, RunError):
+        if {path.name for path in partial.iterdir()} <= {JOURNAL}:  # refused before anything was made
+            shutil.rmtree(partial)
+        raise
     finally:
         os.close(descriptor)

@@ -6,6 +6,7 @@ import torch
 
 from megatron_rl.checkpoint.torch_dist import Spec
 from megatron_rl.convert.table import Line, hf_shapes
+from megatron_rl.convert.tensors import NAMES
 from megatron_rl.models.hf_config import ModelShape
 
 EMBEDDING, OUTPUT_LAYER = "model.embed_tokens.weight", "lm_head.weight"
@@ -24,6 +25,9 @@ def of_directory(
     for name, wanted in expected.items():
         if name in specs and specs[name].shape != wanted:
             yield f"{name} is {list(specs[name].shape)} and the model's config asks for {list(wanted)}"
+        elif name in specs and specs[name].dtype not in NAMES:
+            dtype = str(specs[name].dtype).removeprefix("torch.")
+            yield f"{name} is stored as {dtype}; {', '.join(NAMES.values())} can be converted"
     yield from (f"--allow {name}: the directory holds no such tensor" for name in sorted(set(allowed) - specs.keys()))
 
 

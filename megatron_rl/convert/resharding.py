@@ -6,11 +6,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_rl.checkpoint.manifest import MANIFEST, DamagedCheckpoint, Entry, complaints, read_manifest
+from megatron_rl.checkpoint.manifest import MANIFEST, Entry, read_manifest
 from megatron_rl.checkpoint.store import find_checkpoint, read_state
 from megatron_rl.checkpoint.torch_dist import DESCRIPTION, SavedTensors, Spec, write_description
 from megatron_rl.convert import provenance, sharded
 from megatron_rl.convert.importing import finish
+from megatron_rl.convert.intact import check_files
 from megatron_rl.convert.jobs import Journal, partial_directory, run_jobs
 from megatron_rl.convert.memory import block_limit
 from megatron_rl.convert.table import Layout, pieces, shape_of, table
@@ -37,7 +38,7 @@ def reshard(path: Path, target: Path, *, layout: Layout, max_memory: int, overwr
     }
     with partial_directory(target, overwrite=overwrite) as partial:
         journal = Journal(partial, whole)
-        _check_files(path, entries)
+        check_files(path, entries, list(entries))
         view = Resized(saved, specs)
         work = sharded.jobs(partial, files, lambda file: sharded.write_file(partial, file, view, limit))
         with counting("resharding", sum(file.nbytes for file in files)) as on_bytes:
@@ -83,11 +84,6 @@ def _specs(saved: SavedTensors, parts: list[sharded.Part]) -> dict[str, Spec]:
         stack = saved.specs[part.key].shape[: len(part.index)]
         found[part.key] = Spec(part.spec.dtype, (*stack, *part.spec.shape))
     return found
-
-
-def _check_files(path: Path, entries: Mapping[str, Entry]) -> None:
-    for complaint in complaints(path, entries, list(entries)):
-        raise DamagedCheckpoint(complaint)
 
 
 def _copy_rest(path: Path, partial: Path, entries: Mapping[str, Entry]) -> None:

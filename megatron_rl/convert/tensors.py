@@ -15,8 +15,20 @@ from megatron_rl.checkpoint.hf import IGNORED_SUFFIX, SafetensorsReader
 from megatron_rl.checkpoint.scratch import room
 from megatron_rl.checkpoint.torch_dist import Spec, read_bytes
 
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Of safetensors. Only `FLOATS` are converted; what else there is may be left out by name.
+FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPES = FLOATS | {
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in FLOATS.items()}
 
 
 class Tensors(Protocol):
@@ -59,7 +71,7 @@ class HfTensors:
             raise ValueError(f"{path} has no tensor {name!r}, as the index says")
         dtype, shape, (start, _) = (held[name][key] for key in ("dtype", "shape", "data_offsets"))
         if dtype not in DTYPES:
-            raise ValueError(f"{path} holds {name} as {dtype}; only {', '.join(DTYPES)} can be converted")
+            raise ValueError(f"{path} holds {name} as {dtype}, which is not known here")
         self.specs[name] = Spec(DTYPES[dtype], tuple(shape))
         self._places[name] = _Place(file, held[""] + start)
 

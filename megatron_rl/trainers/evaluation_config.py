@@ -13,7 +13,7 @@ from megatron_rl.checkpoint.store import HF, STATE, find_checkpoint, read_state
 from megatron_rl.config.layers import Layer, file_layers, override_layer
 from megatron_rl.config.load import Loaded, as_dict, load, of_trainer, options_of, resolve, trainer_of, written_in
 from megatron_rl.config.rules import ConfigError
-from megatron_rl.config.schema import SCHEMAS, EvaluationConfig
+from megatron_rl.config.schema import PRETRAINED, SCHEMAS, EvaluationConfig
 from megatron_rl.data.sources import TASK_PREFIX
 from megatron_rl.trainers.resume import latest_checkpoint
 
@@ -36,11 +36,13 @@ def evaluation_config(model: str, data: str | None = None, overrides: Sequence[s
         checkpoint = find_checkpoint(path, "MODEL")
         in_run = checkpoint.resolve().parent.name == CHECKPOINTS
         place = checkpoint.parents[1] / "eval" if in_run else RESULTS
-        config = read_state(checkpoint).get("config") or {"model": {"path": str(checkpoint / HF)}, "run": {}}
-        defaults = _defaults(config, str(checkpoint), place / checkpoint.name)
+        config = read_state(checkpoint).get("config")
+        if config is not None:
+            defaults = _defaults(config, str(checkpoint), place / checkpoint.name)
+        else:  # no run wrote it: it was imported
+            defaults = _alone(model, str(checkpoint / HF), str(checkpoint), place / checkpoint.name)
     elif (path / "config.json").is_file():
-        own = {"trainer": "eval", "model": {"path": model}, "run": {"dir": str(RESULTS / path.resolve().name)}}
-        defaults = Layer(f"MODEL {model!r}", OmegaConf.create(own))
+        defaults = _alone(model, model, PRETRAINED, RESULTS / path.resolve().name)
     else:
         raise ConfigError(
             f"MODEL={model!r} is no Hugging Face directory (with config.json), run directory (with {SAVED_CONFIG} and "
@@ -65,6 +67,12 @@ def _of_trainer(path: Path, overrides: Sequence[str]) -> tuple[Layer, list[str]]
     checkpoint = latest_checkpoint(config)
     place = Path(config.run.dir) / "eval" / (checkpoint.name if checkpoint else "start")
     return _defaults(as_dict(config), str(checkpoint or config.model.weights), place), own
+
+
+def _alone(model: str, path: str, weights: str, place: Path) -> Layer:
+    """The first layer of the config of a model that no run made."""
+    own = {"trainer": "eval", "model": {"path": path, "weights": weights}, "run": {"dir": str(place)}}
+    return Layer(f"MODEL {model!r}", OmegaConf.create(own))
 
 
 def _defaults(tree: Mapping[str, Any], weights: str, place: Path) -> Layer:

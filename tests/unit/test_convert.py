@@ -18,6 +18,7 @@ from megatron_rl.convert.rows import blocks, clipped, of_source
 from megatron_rl.convert.table import Layout, table
 from megatron_rl.models.build import weight_map
 from megatron_rl.models.hf_config import load_shape
+from megatron_rl.trainers.evaluation_config import evaluation_config
 from tests.models import ascii_tokenizer, tiny_model, tiny_tokenizer
 from tests.unit.test_hf_map import CASES, GEOMETRY, Tensors
 
@@ -60,6 +61,13 @@ def test_rows_are_those_of_the_weight_map(case: str) -> None:
             for run in of_source(runs, source, start, stop):
                 back[run.start : run.start + run.rows] = expected[run.at : run.at + run.rows]
         assert torch.equal(back, tensor)
+
+
+def test_stages_of_layers() -> None:
+    """Where stages do not divide the layers the last has fewer; interleaved ones take turns."""
+    assert [Layout(pp=2).stage_of(layer, 5) for layer in range(5)] == [0, 0, 0, 1, 1]
+    assert [Layout(pp=2, vpp=2).stage_of(layer, 8) for layer in range(8)] == [0, 0, 1, 1, 0, 0, 1, 1]
+    assert [Layout(pp=3, vpp=1).stage_of(layer, 6) for layer in range(6)] == [0, 0, 1, 1, 2, 2]
 
 
 def test_blocks_keep_to_their_part() -> None:
@@ -229,6 +237,37 @@ def test_unknown_tensors_are_errors_unless_allowed_by_name(tmp_path: Path, refus
     assert weights(tmp_path / "back").keys() == held.keys()
 
 
+def test_what_is_no_float_is_named(tmp_path: Path, refused: Callable[..., str]) -> None:
+    model = tiny_model(tmp_path / "model")
+    held = load_file(model / "model.safetensors")
+    ids = {"model.position_ids": torch.arange(9)}
+    save_file(held | ids, model / "model.safetensors", metadata={"format": "pt"})
+    assert "nothing takes model.position_ids [9]" in refused("plan", model)
+    assert convert("import", model, tmp_path / "out", "--allow", "model.position_ids") == 0
+    held["model.norm.weight"] = held["model.norm.weight"].to(torch.int8)
+    save_file(held, model / "model.safetensors", metadata={"format": "pt"})
+    assert "model.norm.weight is stored as int8; F32, BF16, F16 can be converted" in refused("plan", model)
+
+
+def test_an_imported_checkpoint_is_evaluated_and_not_continued(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_tokenizer(tiny_model(tmp_path / "model"), 99)
+    out, data = tmp_path / "out", tmp_path / "rows.jsonl"
+    assert convert("import", model, out) == 0
+    data.write_text('{"prompt": "w5", "answer": "1"}\n')
+    loaded = evaluation_config(str(out), str(data))
+    assert (loaded.config.model.path, loaded.config.model.weights) == (str(out / "hf"), str(out))
+    (tmp_path / "c.yaml").write_text(
+        f"trainer: grpo\nmodel: {{path: {model}}}\ndata: {{train: {data}}}\ntrain: {{steps: 1, batch_size: 1}}\n"
+        f"run: {{dir: {tmp_path}/run}}\ncheckpoint: {{load: {out}}}\n"
+    )
+    capsys.readouterr()
+    assert main(["check", str(tmp_path / "c.yaml")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "start from them with model.weights" in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -280,7 +319,7 @@ def test_damaged_files_are_refused_by_name(tmp_path: Path, refused: Callable[...
             path.write_bytes(content[:-1])
             assert f"{path} has {len(content) - 1} bytes" in refused(verb, tmp_path / "out", tmp_path / "x")
             path.write_bytes(content)
-    assert not (tmp_path / "x").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
     (model / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:-5])
     assert "is damaged or no safetensors file" in refused("import", model, tmp_path / "y")
 
@@ -325,6 +364,9 @@ def test_reshard_changes_chunks_and_no_value(tmp_path: Path, capsys: pytest.Capt
     held = json.loads(capsys.readouterr().out)
     assert held["layout"] == {"tp": 1, "pp": 2, "vpp": 1, "ep": 4, "etp": 2} and held["step"] == 0
     assert held["conversion"]["before"]["verb"] == "import" and held["models"]["actor"]["family"] == "qwen3_moe"
+    assert convert("plan", tmp_path / "two", "--dtype", "bfloat16", "--json") == 0
+    totals = json.loads(capsys.readouterr().out)["totals"]
+    assert totals["parameters"] == sum(tensor.numel() for tensor in weights(model).values())
     assert convert("inspect", tmp_path / "out", "--tensors") == 0
     assert "model.layers.3.mlp.experts.2.up_proj.weight float32 [48, 64]" in capsys.readouterr().out
 
