@@ -41,7 +41,7 @@ def read_saved(path: Path, role: str | None, like: Path | None) -> Saved:
     role = role or next(iter(state["models"]))
     if role not in state["models"]:
         raise ValueError(f"{path} has no {role!r}: --role is one of {', '.join(state['models'])}")
-    like = like or _like(path, state)
+    like = like or _like(path, state, role)
     shape = load_shape(like)
     shape = shape.as_scalar() if state["models"][role].get("scalar") else shape
     check_model(path, role, shape.identity())
@@ -49,10 +49,13 @@ def read_saved(path: Path, role: str | None, like: Path | None) -> Saved:
     return Saved(path, role, like, shape, lines, SavedTensors(path))
 
 
-def _like(path: Path, state: Mapping[str, Any]) -> Path:
+def _like(path: Path, state: Mapping[str, Any], role: str) -> Path:
+    """What an import brought along, or the model's directory by the config of the run: a critic may have its own."""
     held = path / HF
     if not held.is_dir():
-        held = Path(state.get("config", {}).get("model", {}).get("path", ""))
+        config = state.get("config", {})
+        own = config.get("critic", {}).get("path") if role == "critic" else None
+        held = Path(own or config.get("model", {}).get("path", ""))
     if not (held / "config.json").is_file():
         raise ValueError(f"{path} does not say where its model's config and tokenizer are: name them with --hf DIR")
     return held
