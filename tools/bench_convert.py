@@ -2,9 +2,10 @@
 
     python tools/bench_convert.py --size 1GB --max-memory 300MB --rounds 3 --out docs/results/convert/bench.csv
 
-A model of random numbers is imported (TP2, PP2), exported and resharded, in a process of its own; before and after, its
-files are copied. Both sides sync what they write to the disk. The memory is the process's resident set at its peak,
-mapped files included, less what it was when the libraries were imported.
+A model of random numbers is imported (TP2, PP2), exported and resharded, each time between two copies of its files.
+Both sides sync what they write to the disk. The memory is the process's resident set at its peak, mapped files
+included, less what it was when the libraries were loaded, which the time is without. `load` is the load average over
+five minutes: beside other work the processor seconds say more than the time.
 """
 
 import argparse
@@ -18,15 +19,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from megatron_rl.convert.memory import size
 
 CODE = """
-import sys, time, json
+import contextlib, io, json, resource, sys, time
 from pathlib import Path
+sys.path.insert(0, sys.argv[1])
 import megatron_rl.convert.command
+from bench_convert import copy
 from megatron_rl.cli import main
 
 def memory(field):
@@ -34,14 +38,31 @@ def memory(field):
         if line.startswith(field):
             return int(line.split()[1]) * 1024
 
+def timed(work):
+    began, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
+    work()
+    now = resource.getrusage(resource.RUSAGE_SELF)
+    cpu = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
+    return time.perf_counter() - began, cpu
+
+def run(arguments):
+    with contextlib.redirect_stdout(io.StringIO()):
+        if main(["convert", *arguments]):
+            sys.exit(1)
+
+source, target, verbs = Path(sys.argv[2]), Path(sys.argv[3]), json.loads(sys.argv[4])
+run(["plan", str(source)])  # loads what transformers loads late
 before, found = memory("VmRSS"), {}
-for arguments in json.loads(sys.argv[1]):
+for arguments in verbs:
+    copies = [timed(lambda: copy(source, target))]
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    began = time.perf_counter()
-    if main(["convert", *arguments]):
-        sys.exit(1)
-    seconds = time.perf_counter() - began
-    found[arguments[0]] = {"seconds": seconds, "before": before, "peak": memory("VmHWM")}
+    seconds, cpu = timed(lambda: run(arguments))
+    peak = memory("VmHWM") - before
+    copies.append(timed(lambda: copy(source, target)))
+    found[arguments[0]] = {
+        "seconds": seconds, "cpu": cpu, "peak": peak, "before": before,
+        "copy": sum(each[0] for each in copies) / 2, "copy_cpu": sum(each[1] for each in copies) / 2,
+    }
 print(json.dumps(found))
 """
 
@@ -89,9 +110,8 @@ def bytes_of(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
-def copy(source: Path, target: Path) -> float:
-    """Seconds of a plain copy that is on the disk when it ends."""
-    began = time.perf_counter()
+def copy(source: Path, target: Path) -> None:
+    """A plain copy that is on the disk when it ends, and is gone again."""
     target.mkdir()
     for path in sorted(source.iterdir()):
         if path.is_file():
@@ -99,20 +119,27 @@ def copy(source: Path, target: Path) -> float:
             descriptor = os.open(target / path.name, os.O_RDONLY)
             os.fsync(descriptor)
             os.close(descriptor)
-    seconds = time.perf_counter() - began
     shutil.rmtree(target)
-    return seconds
 
 
-def convert(verbs: list[list[str]]) -> dict[str, dict[str, float]]:
-    """Runs conversions one after the other in a process of their own."""
-    done = subprocess.run([sys.executable, "-c", CODE, json.dumps(verbs)], capture_output=True, text=True)
+def convert(source: Path, place: Path, verbs: list[list[str]]) -> dict[str, dict[str, float]]:
+    """Runs conversions one after the other in a process of their own, each between two copies of the source."""
+    command = [
+        sys.executable,
+        "-c",
+        CODE,
+        str(Path(__file__).parent),
+        str(source),
+        str(place / "copy"),
+        json.dumps(verbs),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(nbytes: int, max_memory: str, rounds: int, family: str, place: Path) -> list[dict[str, object]]:
+def measure(nbytes: int, max_memory: str, rounds: int, family: str, place: Path) -> list[dict[str, Any]]:
     """A row per verb: medians over the rounds, and the highest peak."""
     source = place / "source"
     make_model(source, nbytes, family)
@@ -127,11 +154,8 @@ def measure(nbytes: int, max_memory: str, rounds: int, family: str, place: Path)
     for _ in range(rounds):
         for target in made.values():
             shutil.rmtree(target, ignore_errors=True)
-        before = copy(source, place / "copy")
-        figures = convert(verbs)
-        copied = (before + copy(source, place / "copy")) / 2
-        for verb, row in figures.items():
-            found[verb].append({**row, "copy": copied, "ratio": copied / row["seconds"]})
+        for verb, row in convert(source, place, verbs).items():
+            found[verb].append(row)
     return [
         {
             "family": family,
@@ -139,14 +163,21 @@ def measure(nbytes: int, max_memory: str, rounds: int, family: str, place: Path)
             "bytes": bytes_of(source),
             "max_memory": size(max_memory),
             "rounds": rounds,
-            "seconds": round(statistics.median(row["seconds"] for row in rows), 3),
-            "copy_seconds": round(statistics.median(row["copy"] for row in rows), 3),
-            "speed_of_copy": round(statistics.median(row["ratio"] for row in rows), 3),
-            "peak_above_start": math.ceil(max(row["peak"] - row["before"] for row in rows)),
-            "interpreter": math.ceil(max(row["before"] for row in rows)),
+            "seconds": median(row["seconds"] for row in rows),
+            "copy_seconds": median(row["copy"] for row in rows),
+            "speed_of_copy": median(row["copy"] / row["seconds"] for row in rows),
+            "cpu_seconds": median(row["cpu"] for row in rows),
+            "copy_cpu_seconds": median(row["copy_cpu"] for row in rows),
+            "peak_above_start": max(row["peak"] for row in rows),
+            "interpreter": max(row["before"] for row in rows),
+            "load": round(os.getloadavg()[1], 1),
         }
         for verb, rows in found.items()
     ]
+
+
+def median(values: Iterable[float]) -> float:
+    return round(statistics.median(values), 3)
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import os
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -104,6 +104,8 @@ class SavedTensors:
                 self.chunks[key].append(Chunk(region, place.relative_path, place.offset, place.length))
         self._open: dict[str, io.FileIO] = {}
         self._begins: dict[Chunk, int] = {}
+        self._layouts: dict[bytes, _Layout] = {}
+        self._by_first = {key: _by_first(chunks) for key, chunks in self.chunks.items()}
 
     def check_whole(self, key: str) -> None:
         """Refuses a tensor of which a chunk is missing, or there twice."""
@@ -129,7 +131,7 @@ class SavedTensors:
         rest = self.specs[name].shape[len(index) + 1 :]
         wanted = Region((*index, start, *(0 for _ in rest)), (*(1 for _ in index), stop - start, *rest))
         whole = out.view(wanted.sizes)
-        for chunk in self.chunks[name]:
+        for chunk in self._by_first[name].get(wanted.offset[0] if index else None, self.chunks[name]):
             part = wanted.common(chunk.region)
             if part is not None:
                 self._read_part(name, chunk, part, whole[part.inside(wanted)])
@@ -153,26 +155,52 @@ class SavedTensors:
         return self._open[file].fileno()
 
     def _begin(self, name: str, chunk: Chunk) -> int:
-        """Where in its file the chunk's elements begin. torch says it of tensors that it loads without their bytes."""
+        """Where in its file the chunk's elements begin."""
         if chunk not in self._begins:
             held = io.BufferedReader(_Part(self._descriptor(chunk.file), chunk.offset, chunk.length), 4096)
             try:
-                with FakeTensorMode():
-                    fake: Tensor = torch.load(held, weights_only=True)
+                archive = torch._C.PyTorchFileReader(held)
+                layout = self._layout(archive.get_record("data.pkl"), held)
+                inside = archive.get_record_offset("data/0")  # type: ignore[attr-defined]
             except (pickle.UnpicklingError, RuntimeError) as error:
                 reason = str(error).split("\n")[0]
                 raise DamagedCheckpoint(f"{self.path / chunk.file} has no tensor for {name}: {reason}") from error
-            spec = self.specs[name]
-            if tuple(fake.shape) != chunk.region.sizes or fake.dtype != spec.dtype or not fake.is_contiguous():
+            dtype = self.specs[name].dtype
+            if layout.spec != Spec(dtype, chunk.region.sizes) or not layout.contiguous:
                 raise DamagedCheckpoint(
-                    f"{self.path / chunk.file} holds {fake.dtype} {list(fake.shape)} where its description has "
-                    f"{spec.dtype} {list(chunk.region.sizes)} of {name}"
+                    f"{self.path / chunk.file} holds {layout.spec.dtype} {list(layout.spec.shape)} where its "
+                    f"description has {dtype} {list(chunk.region.sizes)} of {name}"
                 )
-            skipped = int(fake.storage_offset()) * spec.dtype.itemsize
-            inside = fake.untyped_storage()._checkpoint_offset
-            assert inside is not None, "torch says where the bytes of a fake tensor are"
-            self._begins[chunk] = chunk.offset + inside + skipped
+            self._begins[chunk] = chunk.offset + inside + layout.skipped * dtype.itemsize
         return self._begins[chunk]
+
+    def _layout(self, text: bytes, held: Any) -> "_Layout":
+        """What torch makes of a tensor's pickled `text`, without its bytes. Chunks of one shape have the same text."""
+        if text not in self._layouts:
+            held.seek(0)
+            with FakeTensorMode():
+                fake: Tensor = torch.load(held, weights_only=True)
+            spec = Spec(fake.dtype, tuple(fake.shape))
+            self._layouts[text] = _Layout(spec, fake.is_contiguous(), int(fake.storage_offset()))
+        return self._layouts[text]
+
+
+class _Layout(NamedTuple):
+    """How a tensor's elements lie in its memory: after `skipped` others, and in order, if it is contiguous."""
+
+    spec: Spec
+    contiguous: bool
+    skipped: int
+
+
+def _by_first(chunks: Sequence[Chunk]) -> dict[int | None, list[Chunk]]:
+    """The chunks by their place in the first dimension, a layer; nothing where one spans several."""
+    found: dict[int | None, list[Chunk]] = {}
+    for chunk in chunks:
+        if chunk.region.sizes[0] != 1:
+            return {}
+        found.setdefault(chunk.region.offset[0], []).append(chunk)
+    return found
 
 
 def _together(part: Region, outer: Region, out: Tensor) -> Iterator[tuple[Region, Tensor]]:

@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 from megatron_rl.types import RunError
 
 JOURNAL = "journal.jsonl"
-THREADS = 4  # hashing, reading and writing leave Python's lock alone
+# Hashing, reading and writing leave Python's lock alone. What a thread may hold does not depend on the machine.
+MOST_THREADS = 4
+THREADS = min(MOST_THREADS, len(os.sched_getaffinity(0)))
 LOCK = "a conversion into {path} is under way in another process"
 
 Receipt = dict[str, Any]  # JSON

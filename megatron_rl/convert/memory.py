@@ -2,7 +2,7 @@
 
 import re
 
-from megatron_rl.convert.jobs import THREADS
+from megatron_rl.convert.jobs import MOST_THREADS
 
 UNITS = {
     "": 1,
@@ -33,4 +33,4 @@ def block_limit(max_memory: int) -> int:
     """Bytes of the rows that a thread has in hand."""
     if max_memory < SMALLEST:
         raise ValueError(f"--max-memory {max_memory} bytes is too little to work with: give at least {SMALLEST}")
-    return min(max_memory // (THREADS * COPIES), LARGEST_BLOCK)
+    return min(max_memory // (MOST_THREADS * COPIES), LARGEST_BLOCK)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,8 @@ from megatron_rl.convert.rows import blocks
 from megatron_rl.convert.tensors import NAMES, Tensors
 
 JOB_BYTES = 2**27
+# Threads that write to one file wait for each other in the kernel, and spin there.
+_writing = threading.Lock()
 
 
 class Target(NamedTuple):
@@ -106,7 +109,8 @@ def _write(directory: Path, view: Tensors, targets: Mapping[str, Target], names:
             for start, stop in blocks(spec.shape[0], spec.row_bytes, limit):
                 block = room("block", (stop - start, *spec.shape[1:]), spec.dtype)
                 view.read(name, (), start, stop, block)
-                write_bytes(descriptor, as_bytes(block), offset + start * spec.row_bytes)
+                with _writing:
+                    write_bytes(descriptor, as_bytes(block), offset + start * spec.row_bytes)
         os.fdatasync(descriptor)
     finally:
         os.close(descriptor)
