@@ -26,7 +26,7 @@ from typing import Any
 from megatron_rl.convert.memory import size
 
 CODE = """
-import contextlib, io, json, resource, sys, time
+import contextlib, io, json, resource, shutil, sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import megatron_rl.convert.command
@@ -52,17 +52,18 @@ def run(arguments):
 
 source, target, verbs = Path(sys.argv[2]), Path(sys.argv[3]), json.loads(sys.argv[4])
 run(["plan", str(source)])  # loads what transformers loads late
-before, found = memory("VmRSS"), {}
-for arguments in verbs:
+before, found = memory("VmRSS"), {arguments[0]: [] for arguments in verbs}
+for arguments in verbs * int(sys.argv[5]):
+    shutil.rmtree(arguments[2], ignore_errors=True)
     copies = [timed(lambda: copy(source, target))]
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     seconds, cpu = timed(lambda: run(arguments))
     peak = memory("VmHWM") - before
     copies.append(timed(lambda: copy(source, target)))
-    found[arguments[0]] = {
+    found[arguments[0]].append({
         "seconds": seconds, "cpu": cpu, "peak": peak, "before": before,
         "copy": sum(each[0] for each in copies) / 2, "copy_cpu": sum(each[1] for each in copies) / 2,
-    }
+    })
 print(json.dumps(found))
 """
 
@@ -122,18 +123,10 @@ def copy(source: Path, target: Path) -> None:
     shutil.rmtree(target)
 
 
-def convert(source: Path, place: Path, verbs: list[list[str]]) -> dict[str, dict[str, float]]:
-    """Runs conversions one after the other in a process of their own, each between two copies of the source."""
-    command = [
-        sys.executable,
-        "-c",
-        CODE,
-        str(Path(__file__).parent),
-        str(source),
-        str(place / "copy"),
-        json.dumps(verbs),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
+def convert(source: Path, place: Path, verbs: list[list[str]], rounds: int) -> dict[str, list[dict[str, float]]]:
+    """Runs conversions over and over in a process of their own, each between two copies of the source."""
+    arguments = [Path(__file__).parent, source, place / "copy", json.dumps(verbs), rounds]
+    done = subprocess.run([sys.executable, "-c", CODE, *map(str, arguments)], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
@@ -150,12 +143,7 @@ def measure(nbytes: int, max_memory: str, rounds: int, family: str, place: Path)
         ["export", made["import"], made["export"], "--max-memory", max_memory],
         ["reshard", made["import"], made["reshard"], "--tp", "4", "--max-memory", max_memory],
     ]
-    found: dict[str, list[dict[str, float]]] = {verb: [] for verb in made}
-    for _ in range(rounds):
-        for target in made.values():
-            shutil.rmtree(target, ignore_errors=True)
-        for verb, row in convert(source, place, verbs).items():
-            found[verb].append(row)
+    found = convert(source, place, verbs, rounds)
     return [
         {
             "family": family,
