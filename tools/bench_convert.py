@@ -188,7 +188,7 @@ def main() -> None:
         new = not options.out.exists()
         options.out.parent.mkdir(parents=True, exist_ok=True)
         with options.out.open("a", newline="") as file:
-            writer = csv.DictWriter(file, list(stamped[0]))
+            writer = csv.DictWriter(file, list(stamped[0]), lineterminator="\n")
             if new:
                 writer.writeheader()
             writer.writerows(stamped)
