@@ -40,12 +40,13 @@ def evaluate(config: EvaluationConfig) -> None:
     Where the checkpoint has an average of the weights, that answers too.
     """
     mesh = create_mesh(**asdict(config.parallel), seed=config.eval.seed)
-    try:
-        announces = mesh.rank == 0 and NOTES not in os.environ
-        with StopRequest(announce=announces) as stop, watch(config.run.hang_timeout_s), closing(Parts(config)) as parts:
-            Evaluation(config, mesh, parts, stop).run()
-    finally:
-        destroy_mesh()
+    announces = mesh.rank == 0 and NOTES not in os.environ
+    with StopRequest(announce=announces) as stop, watch(config.run.hang_timeout_s):
+        try:
+            with closing(Parts(config)) as parts:
+                Evaluation(config, mesh, parts, stop).run()
+        finally:
+            destroy_mesh()
 
 
 class Evaluation:

@@ -82,14 +82,15 @@ def run(config: Config) -> None:
     """Trains from the first step, or from the one after the run directory's latest checkpoint. Collective."""
     layout = asdict(config.parallel)
     mesh = create_mesh(**layout, seed=config.train.seed)
-    try:
-        with StopRequest(announce=mesh.rank == 0 and NOTES not in os.environ) as stop, watch(config.run.hang_timeout_s):
+    with StopRequest(announce=mesh.rank == 0 and NOTES not in os.environ) as stop, watch(config.run.hang_timeout_s):
+        try:
             trainer = build(config, mesh)
             trainer.parts.workers = [trainer.actor, *([] if trainer.critic is None else [trainer.critic])]
             with closing(trainer.parts):
                 Run(config, mesh, trainer, stop).loop()
-    finally:
-        destroy_mesh()
+        finally:
+            # Watched too: it may wait for an operation that a lost rank leaves open.
+            destroy_mesh()
 
 
 class Run:
