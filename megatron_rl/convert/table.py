@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from megatron_rl.config.schema import ParallelConfig
 from megatron_rl.models.build import heads, padded_vocab_rows
 from megatron_rl.models.families import FAMILIES
 from megatron_rl.models.hf_config import Experts, ModelShape, check_layout, layers_on_last_stage
@@ -50,7 +51,7 @@ class Layout:
     def check(self, shape: ModelShape) -> None:
         """Refuses what does not divide the model."""
         # That mixtures train with sequence parallelism does not matter to what is stored.
-        check_layout(shape, **asdict(self), sequence_parallel=True)
+        check_layout(shape, ParallelConfig(**asdict(self), sequence_parallel=True))
 
     def stage_of(self, layer: int, num_layers: int) -> int:
         """The pipeline stage of a layer; with `vpp` the stages take turns."""

@@ -143,15 +143,7 @@ def _mixture(experts: Experts | None, mesh: Mesh) -> dict[str, Any]:
 
 def build_model(shape: ModelShape, mesh: Mesh, dtype: torch.dtype) -> list[LanguageModel]:
     """This rank's chunks, with undefined weights: load a checkpoint into them."""
-    check_layout(
-        shape,
-        tp=mesh.tp_size,
-        pp=mesh.pp_size,
-        vpp=mesh.vpp_size,
-        ep=mesh.ep_size,
-        etp=mesh.etp_size,
-        sequence_parallel=mesh.sequence_parallel,
-    )
+    check_layout(shape, mesh.layout)
     config = transformer_config(shape, mesh, dtype)
     rows = padded_vocab_rows(shape.vocab_size, mesh.tp_size)
     chunks = []

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from megatron_rl.config.schema import ParallelConfig
 from megatron_rl.models.families import FAMILIES, Family
 
 # What a number in config.json may be at most; more is a slip, and transformers would work on it for minutes.
@@ -265,15 +266,14 @@ def num_parameters(path: str | Path) -> int:
     return sum(math.prod(shape) for shape in tensor_shapes(path).values())
 
 
-def check_layout(
-    shape: ModelShape, *, tp: int, pp: int, vpp: int, ep: int = 1, etp: int = 1, sequence_parallel: bool = False
-) -> None:
+def check_layout(shape: ModelShape, parallel: ParallelConfig) -> None:
     """Refuses layouts that do not divide the model, in the terms of the config."""
+    tp, pp, vpp, ep, etp = parallel.tp, parallel.pp, parallel.vpp, parallel.ep, parallel.etp
     for name, count in (("attention heads", shape.num_heads), ("key/value heads", shape.num_kv_heads)):
         if count % tp:
             raise ValueError(f"parallel.tp={tp} does not divide the model's {count} {name}")
     if shape.experts is not None:
-        _check_experts_layout(shape.experts, tp=tp, ep=ep, etp=etp, sequence_parallel=sequence_parallel)
+        _check_experts_layout(shape.experts, parallel)
     elif ep > 1 or etp > 1:
         raise ValueError(f"parallel.ep={ep}, parallel.etp={etp}: the model has no experts to share out; both must be 1")
     elif shape.ffn_hidden_size % tp:
@@ -287,15 +287,16 @@ def check_layout(
         raise ValueError(f"parallel.pp={pp} leaves a stage without one of the model's {shape.num_layers} layers")
 
 
-def _check_experts_layout(experts: Experts, *, tp: int, ep: int, etp: int, sequence_parallel: bool) -> None:
-    if experts.num_experts % ep:
-        raise ValueError(f"parallel.ep={ep} does not divide the model's {experts.num_experts} experts")
-    if experts.ffn_hidden_size % etp:
-        raise ValueError(f"parallel.etp={etp} does not divide the experts' MLP size {experts.ffn_hidden_size}")
-    if tp > 1 and not sequence_parallel:
+def _check_experts_layout(experts: Experts, parallel: ParallelConfig) -> None:
+    if experts.num_experts % parallel.ep:
+        raise ValueError(f"parallel.ep={parallel.ep} does not divide the model's {experts.num_experts} experts")
+    if experts.ffn_hidden_size % parallel.etp:
+        size = experts.ffn_hidden_size
+        raise ValueError(f"parallel.etp={parallel.etp} does not divide the experts' MLP size {size}")
+    if parallel.tp > 1 and not parallel.sequence_parallel:
         raise ValueError(
-            f"parallel.tp={tp} in a model with experts needs parallel.sequence_parallel=true: without it every "
-            "tensor-parallel rank would send the same tokens to the experts"
+            f"parallel.tp={parallel.tp} in a model with experts needs parallel.sequence_parallel=true: without it "
+            "every tensor-parallel rank would send the same tokens to the experts"
         )
 
 

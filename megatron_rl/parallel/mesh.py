@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_rl.config.rules import ConfigError
+from megatron_rl.config.schema import ParallelConfig
 from megatron_rl.parallel.device import ON_CPU, backend, device, seed_everything
 
 # isort: split
@@ -53,6 +54,20 @@ class Mesh:
     vpp_size: int
     sequence_parallel: bool
     recompute: bool
+
+    @property
+    def layout(self) -> ParallelConfig:
+        """The sizes alone."""
+        return ParallelConfig(
+            tp=self.tp_size,
+            pp=self.pp_size,
+            dp=self.dp_size,
+            vpp=self.vpp_size,
+            ep=self.ep_size,
+            etp=self.etp_size,
+            sequence_parallel=self.sequence_parallel,
+            recompute=self.recompute,
+        )
 
     @property
     def is_last_stage(self) -> bool:

@@ -127,15 +127,7 @@ def with_options(case: Case, options: Mapping[str, Any]) -> Case | None:
         layout = Layout.of(parallel, case.world)
         for shape in (case.actor, case.critic):
             if shape is not None:
-                check_layout(
-                    shape,
-                    tp=parallel.tp,
-                    pp=parallel.pp,
-                    vpp=parallel.vpp,
-                    ep=parallel.ep,
-                    etp=parallel.etp,
-                    sequence_parallel=parallel.sequence_parallel,
-                )
+                check_layout(shape, parallel)
     except ValueError:
         return None
     return replace(case, config=config, layout=layout)

@@ -25,7 +25,6 @@ from megatron_rl.config.schema import (
     EvaluationConfig,
     GrpoConfig,
     ModelConfig,
-    ParallelConfig,
     PolicyConfig,
     RewardConfig,
     RolloutTrainerConfig,
@@ -111,23 +110,11 @@ def _check_model(config: Config | EvaluationConfig, latest: Path | None) -> PreT
     """The model can be cut as the layout says, has weights, and goes with its tokenizer, which is returned."""
     shape = load_shape(config.model.path)
     _check_engine(config.rollout, shape.head_dim)
-    _check_layout(shape, config.parallel)
+    check_layout(shape, config.parallel)
     _check_weights(config.model, shape, latest)
     tokenizer = load_tokenizer(config.model.path)
     _check_vocabulary(tokenizer, shape)
     return tokenizer
-
-
-def _check_layout(shape: ModelShape, parallel: ParallelConfig) -> None:
-    check_layout(
-        shape,
-        tp=parallel.tp,
-        pp=parallel.pp,
-        vpp=parallel.vpp,
-        ep=parallel.ep,
-        etp=parallel.etp,
-        sequence_parallel=parallel.sequence_parallel,
-    )
 
 
 def _check_engine(rollout: SamplingConfig, head_dim: int) -> None:
@@ -216,7 +203,7 @@ def _check_critic(config: CriticTrainerConfig, tokenizer: PreTrainedTokenizerBas
     model = critic_model(config)
     try:
         shape = load_shape(model.path).as_scalar()
-        _check_layout(shape, config.parallel)
+        check_layout(shape, config.parallel)
         own = load_tokenizer(model.path).get_vocab()
     except ValueError as error:
         raise ValueError(f"critic.path={model.path!r}: {error}") from error

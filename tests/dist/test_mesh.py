@@ -47,6 +47,7 @@ def test_worlds_that_do_not_fit(pool: Pool) -> None:
 
 
 def model_refusals(directory: str) -> list[str]:
+    from megatron_rl.config.schema import ParallelConfig
     from megatron_rl.models.build import build_model
     from megatron_rl.models.hf_config import check_layout, load_shape
     from megatron_rl.parallel.mesh import create_mesh
@@ -56,7 +57,7 @@ def model_refusals(directory: str) -> list[str]:
     said = []
     for changes in ({"tp": 3}, {"tp": 8}, {"pp": 2, "vpp": 3}, {"pp": 5}):
         with pytest.raises(ValueError) as caught:
-            check_layout(shape, **({"tp": 1, "pp": 1, "vpp": 1} | changes))
+            check_layout(shape, ParallelConfig(**changes))
         said.append(str(caught.value))
     chunks = build_model(shape, mesh, torch.float32)
     chunks[0].config.deallocate_pipeline_outputs = True
