@@ -19,7 +19,8 @@ from torch import Tensor
 
 from megatron_rl.ops.dispatch import uses_triton
 from megatron_rl.ops.logit_stream import exp_, logit_chunks, wide_dtype
-from megatron_rl.ops.topk import NO_ID, Given, Largest, Places, merge_largest
+from megatron_rl.ops.shard_part import ShardPart
+from megatron_rl.ops.topk import Given, Largest, Places, merge_largest
 from megatron_rl.ops.vocab_shard import VocabShard
 
 # e^-1e4 is 0 in every dtype, so a floor here changes no product (z - m) e^(z - m) but 0 * inf.
@@ -59,23 +60,6 @@ def summarise(
 
         return _merge_shards(shard, shard_part(*local, **options))
     return _merge_shards(shard, torch_part(*local, **options))
-
-
-class ShardPart(NamedTuple):
-    """Of one shard's columns, whose ids count from its first."""
-
-    rows: Tensor  # [N, 3 to 5]
-    largest_values: Tensor | None  # [N, k], -inf where there are fewer
-    largest_ids: Tensor | None  # [N, k] int64
-    given_values: Tensor | None  # [N, n], 0 where the shard does not hold the id
-
-    def with_largest(self, values: Tensor, ids: Tensor, k: int) -> "ShardPart":
-        """A shard with less than k columns has lists that end with places which lose to every id."""
-        missing = k - values.shape[1]
-        pad = torch.nn.functional.pad
-        return self._replace(
-            largest_values=pad(values, (0, missing), value=-torch.inf), largest_ids=pad(ids, (0, missing), value=NO_ID)
-        )
 
 
 def torch_part(

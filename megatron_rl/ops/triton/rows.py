@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_rl.ops.logit_stream import token_chunks, wide_dtype
-from megatron_rl.ops.summary import ShardPart
+from megatron_rl.ops.shard_part import ShardPart
 from megatron_rl.ops.topk import first_places
 
 BLOCK = 4096  # columns that a program holds at once
