@@ -185,9 +185,6 @@ class Rule:
 SCALAR_HEAD = Rule("output_layer.weight", REPLICATED, ("score.weight",))
 
 
-GROUPED_EXPERT = re.compile(r"\.mlp\.experts\.(linear_fc[12])\.weight(\d+)$")
-
-
 @dataclass(frozen=True, slots=True)
 class Match:
     """A rule applied to one parameter. An expert's number is through the whole layer."""
@@ -236,6 +233,9 @@ class WeightMap:
     def hf_names(self) -> frozenset[str]:
         """Every Hugging Face tensor the model is made of."""
         return frozenset(name for match in self.matches.values() for name in match.hf)
+
+
+GROUPED_EXPERT = re.compile(r"\.mlp\.experts\.(linear_fc[12])\.weight(\d+)$")
 
 
 def canonical_name(name: str) -> str:

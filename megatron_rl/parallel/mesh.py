@@ -19,7 +19,6 @@ from megatron_rl.parallel.device import ON_CPU, backend, device, seed_everything
 
 # isort: split
 from megatron.core import parallel_state, tensor_parallel
-from megatron.core.process_groups_config import ProcessGroupCollection
 
 TIMEOUT = datetime.timedelta(minutes=10)
 
@@ -92,10 +91,6 @@ class Mesh:
     def stage_rank(self, stage: int) -> int:
         """The global rank of pipeline stage `stage` with this process's other coordinates."""
         return dist.get_global_rank(self.pp_group, stage)
-
-    def process_groups(self) -> ProcessGroupCollection:
-        """megatron-core's own view of the groups."""
-        return ProcessGroupCollection.use_mpu_process_groups()
 
 
 @functools.cache
