@@ -8,45 +8,21 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    GenerationConfig,
-    LogitsProcessor,
-    PreTrainedTokenizerBase,
-    StoppingCriteriaList,
-)
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from megatron_rl.metrics.progress import tick
 from megatron_rl.models.hf_config import load_config, named_weights
 from megatron_rl.parallel.collect import gather_over_world
 from megatron_rl.parallel.device import device
 from megatron_rl.rollout.checksum import checksum
+from megatron_rl.rollout.decoding import ATTENTION, decode
+from megatron_rl.rollout.ending import Ending
 from megatron_rl.rollout.engine import Sampling
-from megatron_rl.rollout.sampling import draw, sampling_log_probs, uniforms
-from megatron_rl.rollout.stop_texts import StopTexts
+from megatron_rl.rollout.sampling import uniforms
 from megatron_rl.types import Prompt, Rollout, RolloutGroup
 
 
-class KeyedSampler(LogitsProcessor):
-    """Draws the next token itself and leaves `generate` only that one to choose; remembers its log-probability."""
-
-    def __init__(self, sampling: Sampling, uniform: Tensor) -> None:
-        self.sampling, self.uniform = sampling, uniform
-        self.log_probs: list[Tensor] = []
-        self.log_kept: list[Tensor] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        tick()
-        s = self.sampling
-        log_probs, log_kept = sampling_log_probs(scores, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p)
-        token = draw(log_probs, self.uniform[:, len(self.log_probs)])[:, None]
-        self.log_probs.append(log_probs.gather(1, token)[:, 0])
-        self.log_kept.append(log_kept)
-        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
-
-
 class HFEngine:
-    """`transformers` generate over a full copy of the model on each rank.
+    """A model of `transformers` on each rank, whole.
 
     Prompts are padded on the left and masked, so `pad` may be any token. What the model's generation config says about
     sampling is not used: the run's config says it. Its list of end tokens is, through `stop`.
@@ -63,7 +39,7 @@ class HFEngine:
         max_sequences: int,
     ) -> None:
         self.tokenizer, self.stop, self.pad, self.max_sequences = tokenizer, stop, pad, max_sequences
-        self.model = AutoModelForCausalLM.from_config(load_config(path), dtype=dtype)
+        self.model = AutoModelForCausalLM.from_config(load_config(path), dtype=dtype, attn_implementation=ATTENTION)
         self.model.to(device()).eval()
         self.dtype = dtype
         self.version = -1
@@ -116,38 +92,27 @@ class HFEngine:
     def _generate_batch(
         self, prompts: Sequence[Prompt], jobs: Sequence[tuple[int, int]], sampling: Sampling
     ) -> list[Rollout]:
-        """One call of `generate` for the (prompt place, sample) pairs in `jobs`."""
-        width = max(len(prompts[place].token_ids) for place, _ in jobs)
-        tokens = torch.full((len(jobs), width), self.pad, dtype=torch.int64)
-        mask = torch.zeros_like(tokens)
-        for row, (place, _) in enumerate(jobs):
-            ids = prompts[place].token_ids
-            tokens[row, width - len(ids) :] = torch.tensor(ids)
-            mask[row, width - len(ids) :] = 1
+        """Answers for the (prompt place, sample) pairs in `jobs`, all in one batch."""
+        places = sorted({place for place, _ in jobs})
         keyed = [
             uniforms(sampling.seed, (*sampling.stream, sampling.first + place, sample), sampling.max_new_tokens)
             for place, sample in jobs
         ]
-        sampler = KeyedSampler(sampling, torch.from_numpy(np.stack(keyed)).to(device()))
-        ending = StopTexts(sampling.stop, self.decode, stop=self.stop, width=width, rows=len(jobs))
-        output = self.model.generate(
-            input_ids=tokens.to(device()),
-            attention_mask=mask.to(device()),
-            logits_processor=[sampler],
-            stopping_criteria=StoppingCriteriaList([ending] if sampling.stop else []),
-            generation_config=GenerationConfig(
-                do_sample=False,
-                max_new_tokens=sampling.max_new_tokens,
-                eos_token_id=list(self.stop),
-                pad_token_id=self.pad,
-            ),
+        ending = Ending(sampling.stop, self.decode, stop=self.stop, rows=len(jobs))
+        drawn = decode(
+            self.model,
+            [prompts[place].token_ids for place in places],
+            [places.index(place) for place, _ in jobs],
+            torch.from_numpy(np.stack(keyed)).to(device()),
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            pad=self.pad,
+            ended=ending,
         )
-        drawn = output[:, width:].cpu()
-        log_probs = torch.stack(sampler.log_probs, dim=1).cpu()
-        log_kept = torch.stack(sampler.log_kept, dim=1).cpu()
         return [
             self._rollout(prompts[place].index, sample, *rows)
-            for (place, sample), *rows in zip(jobs, drawn.tolist(), log_probs.tolist(), log_kept.tolist(), ending.ends)
+            for (place, sample), *rows in zip(jobs, *(values.tolist() for values in drawn), ending.ends)
         ]
 
     def _rollout(

@@ -9,7 +9,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+BLOCK = 64  # tokens whose probabilities are summed up first
 
 
 def uniforms(seed: int, key: Sequence[int], length: int) -> np.ndarray:
@@ -43,8 +46,17 @@ def sampling_log_probs(logits: Tensor, *, temperature: float, top_k: int, top_p:
 
 
 def draw(log_probs: Tensor, uniform: Tensor) -> Tensor:
-    """The smallest token whose cumulative probability exceeds `uniform` [B] float64; log_probs [B, V] -> [B] int64."""
-    cumulative = log_probs.double().exp().cumsum(dim=-1)
+    """The smallest token whose cumulative probability exceeds `uniform` [B] float64; log_probs [B, V] -> [B] int64.
+
+    The sum is taken in float64, over blocks of tokens first and then inside one block.
+    """
+    rows, size = log_probs.shape
+    probs = F.pad(log_probs.exp(), (0, -size % BLOCK)).view(rows, -1, BLOCK)
+    before = probs.sum(-1, dtype=torch.float64).cumsum(1)
     # Scaled by the sum, so that rounding never leaves a gap at the top.
-    token = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[:, 0]
-    return token.clamp(max=log_probs.shape[1] - 1)
+    level = (uniform * before[:, -1])[:, None]
+    block = torch.searchsorted(before, level, right=True).clamp(max=probs.shape[1] - 1)
+    inside = probs.gather(1, block[..., None].expand(-1, -1, BLOCK))[:, 0].double().cumsum(1)
+    inside += F.pad(before, (1, 0)).gather(1, block)
+    place = torch.searchsorted(inside, level, right=True).clamp(max=BLOCK - 1)
+    return (block * BLOCK + place)[:, 0].clamp(max=size - 1)

@@ -9,7 +9,6 @@ import torch
 # Bytes, as a byte-level tokenizer has them: a character may be cut in two, a text may end inside a token.
 VOCABULARY = [b"a", b"b", b"</", b"</a", b">", b"a>", b">\n", b"a>b", b"\xc3", b"\xa9", b"", b"\xe2\x82", b"\xac</"]
 EOS = len(VOCABULARY)
-WIDTH = 3
 
 
 def decode(tokens: Sequence[int]) -> str:
@@ -27,16 +26,16 @@ def expected_end(tokens: Sequence[int], texts: Sequence[str]) -> int | None:
 
 
 def ends(rows: Sequence[Sequence[int]], texts: Sequence[str]) -> list[int | None]:
-    """What `StopTexts` finds when it is shown the rows token by token, as `generate` does."""
-    from megatron_rl.rollout.stop_texts import StopTexts
+    """What `Ending` finds when it is shown the rows token by token."""
+    from megatron_rl.rollout.ending import Ending
 
-    criteria = StopTexts(texts, decode, stop=[EOS], width=WIDTH, rows=len(rows))
-    tokens = torch.cat([torch.zeros(len(rows), WIDTH, dtype=torch.int64), torch.tensor(rows)], dim=1)
+    ending = Ending(texts, decode, stop=[EOS], rows=len(rows))
+    tokens = torch.tensor(rows)
     for count in range(1, len(rows[0]) + 1):
-        over = criteria(tokens[:, : WIDTH + count], None)
-        for row, end in enumerate(criteria.ends):
+        over = ending(range(len(rows)), tokens[:, count - 1])
+        for row, end in enumerate(ending.ends):
             assert bool(over[row]) == (end is not None or EOS in rows[row][:count])
-    return criteria.ends
+    return ending.ends
 
 
 @pytest.mark.parametrize("texts", [["</a>"], ["é", "€</a"], ["aaaaaaaaaaaaa"], ["b>"]])
@@ -53,7 +52,7 @@ def test_every_row_ends_where_its_text_first_holds_one(texts: list[str]) -> None
 
 
 def test_a_long_response_is_not_decoded_again_at_every_token() -> None:
-    from megatron_rl.rollout.stop_texts import MARGIN, holds_at_end
+    from megatron_rl.rollout.ending import MARGIN, holds_at_end
 
     asked = []
     assert not holds_at_end([0] * 1000, ["</a>"], lambda tokens: asked.append(len(tokens)) or decode(tokens))
