@@ -1,7 +1,7 @@
 """megatron-core's pipeline schedules behind one call."""
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -23,23 +23,30 @@ StepFunction = Callable[[Any, Any], tuple[Tensor, LossFunction]]
 """From (model chunk, micro-batch) to the chunk's output and the loss function to apply on the last stage."""
 
 
-def _finalize(model: list[Any], num_tokens: Tensor | None = None, **options: Any) -> None:
-    """Reduces gradients. The token count is withheld: weights already sum to one, so nothing divides here."""
-    finalize_model_grads(model, None, **options)
-
-
 def run_schedule(
-    chunks: Sequence[Any], micro_batches: Sequence[Any], step: StepFunction, *, mesh: Mesh, forward_only: bool
+    chunks: Sequence[Any],
+    micro_batches: Sequence[Any],
+    step: StepFunction,
+    *,
+    mesh: Mesh,
+    forward_only: bool,
+    reducing: AbstractContextManager[None] | None = None,
 ) -> list[Any]:
     """Runs every micro-batch through the pipeline, backward too unless `forward_only`.
 
     Returns what the loss function gave beside the loss, one entry per micro-batch, on the last stage; elsewhere an
-    empty list. After a backward pass the gradients are reduced over every axis.
+    empty list. After a backward pass the gradients are reduced over every axis, inside `reducing`.
     """
     config = get_model_config(chunks[0])
     if ON_CPU and config.deallocate_pipeline_outputs:
         raise ValueError("deallocate_pipeline_outputs gives wrong gradients on gloo and must stay off")
-    config.finalize_model_grads_func = _finalize
+
+    def finalize(model: list[Any], num_tokens: Tensor | None = None, **options: Any) -> None:
+        """The token count is withheld: weights already sum to one, so nothing divides here."""
+        with reducing or nullcontext():
+            finalize_model_grads(model, None, **options)
+
+    config.finalize_model_grads_func = finalize
     if not forward_only:
         no_sync = [chunk.no_sync for chunk in chunks]
         config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]

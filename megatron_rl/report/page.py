@@ -8,9 +8,10 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_rl.report.findings import Finding, findings
-from megatron_rl.report.panels import CRITIC, SECTIONS, Panel, Section, present
+from megatron_rl.report.panels import CRITIC, SECTIONS, THROUGHPUT, Panel, Section, present
 from megatron_rl.report.plots import plot_curves, plot_distribution
 from megatron_rl.report.series import RunData, flat
+from megatron_rl.report.times import seconds_by_phase
 from megatron_rl.report.verdict import Row, is_critic_run, verdict
 
 _MOST_ROWS = 40
@@ -112,6 +113,8 @@ def _part(section: Section, runs: Sequence[RunData], names: Sequence[str]) -> Pa
     part = Part(section.title, section.note if pictures else "", pictures)
     if section is CRITIC:
         part.tables = [table for run, name in zip(runs, names) if (table := _critic_table(run, name, len(runs) > 1))]
+    if section is THROUGHPUT:
+        part.tables = [table for run, name in zip(runs, names) if (table := _time_table(run, name, len(runs) > 1))]
     return part
 
 
@@ -147,6 +150,11 @@ def _critic_table(run: RunData, name: str, named: bool) -> Table | None:
         for step in steps.tolist()
     ]
     return Table([f"step of {name}" if named else "step", *(label for label, _ in columns)], rows)
+
+
+def _time_table(run: RunData, name: str, named: bool) -> Table | None:
+    rows = [[phase, _number(seconds), f"{share:.1%}"] for phase, seconds, share in seconds_by_phase(run)]
+    return Table([f"phase of {name}" if named else "phase", "seconds per step", "share"], rows) if rows else None
 
 
 def _distributions(runs: Sequence[RunData], names: Sequence[str]) -> Part:

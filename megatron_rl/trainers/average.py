@@ -30,7 +30,8 @@ def take_step(actor: ModelWorker, average: WeightAverage | None) -> StepResult:
     """The optimizer's step, and the average's update, unless the step was skipped."""
     result = actor.step()
     if average is not None and result.applied:
-        average.update()
+        with actor.timer("average"):
+            average.update()
     return result
 
 

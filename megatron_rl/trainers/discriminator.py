@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_rl.algorithms.discriminator import (
     Adaptive,
     PairLoss,
+    PairTerms,
     length_correlation,
     pair_figures,
     pair_loss,
@@ -93,18 +94,16 @@ class Discriminator:
 
     def update(self, judged: Judged) -> dict[str, float]:
         """One optimizer step on all valid pairs; `critic/*` as it was before. Collective."""
-        teacher = judged.teacher_scores.clone().requires_grad_()
-        student = judged.student_scores.clone().requires_grad_()
-        figures = self._figures(judged)
+        timer = self.critic.timer
+        with timer("metrics"):
+            figures = self._figures(judged)
         if not judged.valid.any():
             return figures
-        terms = pair_loss(*_sides(judged, teacher, student), self.loss)
-        terms.loss.backward()
-        assert teacher.grad is not None and student.grad is not None
-        samples = [*(pair.student for pair in judged.pairs), *judged.teachers]
-        slopes = torch.cat([student.grad, teacher.grad]).tolist()
-        sloped = [s.with_field("slopes", slope * judged.pool[s.id]) for s, slope in zip(samples, slopes, strict=True)]
-        self.critic.forward_backward(sloped, self.critic.plan(sloped, self.max_tokens), WeighedValues())
+        with timer("pair_loss"):
+            terms, sloped = self._pair_loss(judged)
+        with timer("plan"):
+            plan = self.critic.plan(sloped, self.max_tokens)
+        self.critic.forward_backward(sloped, plan, WeighedValues())
         result = self.critic.step()
         return figures | {
             "critic/d_loss": float(terms.loss.detach()),
@@ -113,6 +112,19 @@ class Discriminator:
             "critic/grad_norm_clipped": min(result.grad_norm, self.critic.clip_grad),
             **results(update_metrics("critic", {}, result)),
         }
+
+    def _pair_loss(self, judged: Judged) -> tuple[PairTerms, list[Sample]]:
+        """The loss, and the samples of both sides with its slopes."""
+        teacher = judged.teacher_scores.clone().requires_grad_()
+        student = judged.student_scores.clone().requires_grad_()
+        terms = pair_loss(*_sides(judged, teacher, student), self.loss)
+        terms.loss.backward()
+        assert teacher.grad is not None and student.grad is not None
+        samples = [*(pair.student for pair in judged.pairs), *judged.teachers]
+        slopes = torch.cat([student.grad, teacher.grad]).tolist()
+        return terms, [
+            s.with_field("slopes", slope * judged.pool[s.id]) for s, slope in zip(samples, slopes, strict=True)
+        ]
 
     def _figures(self, judged: Judged) -> dict[str, float]:
         figures: dict[str, float] = {

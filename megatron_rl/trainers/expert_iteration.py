@@ -40,16 +40,20 @@ class ExpertIterationTrainer:
         config, parts = self.config, self.parts
         with timer("sync"):
             figures = parts.push(self.actor)
-        groups = answer(parts, self.source.next(config.train.batch_size), sampling(config, step, 0), timer)
-        samples = to_samples(groups)
-        figures |= audit_rollouts(groups, samples, parts.stop, config.rollout.stop)
-        figures |= audit_padding(parts.tokenizer, parts.stop)
+        with timer("gen"):
+            prompts = self.source.next(config.train.batch_size)
+        groups = answer(parts, prompts, sampling(config, step, 0), timer)
+        with timer("samples"):
+            samples = to_samples(groups)
+            figures |= audit_rollouts(groups, samples, parts.stop, config.rollout.stop)
+            figures |= audit_padding(parts.tokenizer, parts.stop)
+            kept = kept_answers(groups, config.expert)
         figures |= self._compare(groups, samples, step, timer)
-        kept = kept_answers(groups, config.expert)
         with timer("update_actor"):
             figures |= self._learn([samples[place] for place in kept.places], step)
-        figures |= rollout_metrics(groups) | selection_metrics(groups, kept)
-        return StepLog(figures, rollout_histograms(groups), sample_records(groups, samples))
+        with timer("metrics"):
+            figures |= rollout_metrics(groups) | selection_metrics(groups, kept)
+            return StepLog(figures, rollout_histograms(groups), sample_records(groups, samples))
 
     def _compare(
         self, groups: Sequence[RolloutGroup], samples: Sequence[Sample], step: int, timer: Timer
@@ -60,7 +64,8 @@ class ExpertIterationTrainer:
         with timer("old_log_prob"):
             plan = self.actor.plan(samples, self.config.train.max_tokens_per_micro_batch)
             log_probs = self.actor.log_probs(samples, plan, self.config.rollout.temperature)
-        return self.parity.check(groups, log_probs, step)
+        with timer("parity"):
+            return self.parity.check(groups, log_probs, step)
 
     def _learn(self, samples: Sequence[Sample], step: int) -> dict[str, float]:
         """The updates of one step. Where nothing was kept there are none, and weights and learning rate stay."""

@@ -68,8 +68,8 @@ class GadTrainer:
         config, parts, options = self.config, self.parts, self.config.discriminator
         with timer("sync"):
             figures = parts.push(self.actor)
-        examples = self.source.next(config.train.batch_size)
         with timer("gen"):
+            examples = self.source.next(config.train.batch_size)
             groups = parts.generate([prompt for prompt, _ in examples], sampling(config, step, 0))
         if options.reward_weight:
             with timer("reward"):
@@ -77,9 +77,10 @@ class GadTrainer:
         with timer("critic"):
             judged = self._judge(groups, [response for _, response in examples])
             groups, score_figures = self._rewarded(groups, judged)
-        samples = to_samples(groups, drop_truncated=bool(config.algorithm.drop_truncated))
-        figures |= audit_rollouts(groups, samples, parts.stop, config.rollout.stop)
-        figures |= audit_padding(parts.tokenizer, parts.stop)
+        with timer("samples"):
+            samples = to_samples(groups, drop_truncated=bool(config.algorithm.drop_truncated))
+            figures |= audit_rollouts(groups, samples, parts.stop, config.rollout.stop)
+            figures |= audit_padding(parts.tokenizer, parts.stop)
         values = torch.zeros(len(samples), dtype=torch.float64)
         histograms: dict[str, list[float]] = {}
         if step <= options.sft_steps:
@@ -95,12 +96,13 @@ class GadTrainer:
             figures |= policy_figures | reward_figures | update_figures
         with timer("update_critic"):
             figures |= self.discriminator.update(judged)
-        figures |= rollout_metrics(groups, values) | score_figures
-        if not options.reward_weight:
-            del figures["rollout/correct"]  # nobody has said what is
-        scores = {"teacher": judged.teacher_scores, "student": judged.student_scores}
-        histograms |= {f"critic/{side}_value": of_side.tolist() for side, of_side in scores.items()}
-        return StepLog(figures, histograms | rollout_histograms(groups, values), sample_records(groups, samples))
+        with timer("metrics"):
+            figures |= rollout_metrics(groups, values) | score_figures
+            if not options.reward_weight:
+                del figures["rollout/correct"]  # nobody has said what is
+            scores = {"teacher": judged.teacher_scores, "student": judged.student_scores}
+            histograms |= {f"critic/{side}_value": of_side.tolist() for side, of_side in scores.items()}
+            return StepLog(figures, histograms | rollout_histograms(groups, values), sample_records(groups, samples))
 
     def _teacher_ids(self, response: str) -> tuple[int, ...]:
         ids = encode_response(self.parts.tokenizer, response)
@@ -142,8 +144,9 @@ class GadTrainer:
 
     def _imitate(self, judged: Judged) -> dict[str, float]:
         """One supervised update on the teacher's responses."""
-        samples = weighed(judged.teachers, "token-mean")
-        plan = self.actor.plan(samples, self.config.train.max_tokens_per_micro_batch)
+        with self.actor.timer("plan"):
+            samples = weighed(judged.teachers, "token-mean")
+            plan = self.actor.plan(samples, self.config.train.max_tokens_per_micro_batch)
         metrics = self.actor.forward_backward(samples, plan, NegativeLogLikelihood(entropy=False))
         return results(update_metrics("actor", metrics, self.actor.step()))
 

@@ -42,20 +42,22 @@ class GrpoTrainer:
         config = self.config
         groups, figures = self.batches(step, timer)
         greedy = greedy_rewards(config, self.parts, groups, timer)
-        samples = to_samples(groups, drop_truncated=bool(config.algorithm.drop_truncated))
+        with timer("samples"):
+            samples = to_samples(groups, drop_truncated=bool(config.algorithm.drop_truncated))
         samples, policy_figures = self.policies.compare(groups, samples, step, timer)
-        audit = audit_rollouts(groups, samples, self.parts.stop, config.rollout.stop)
-        audit |= audit_padding(self.parts.tokenizer, self.parts.stop)
+        with timer("samples"):
+            audit = audit_rollouts(groups, samples, self.parts.stop, config.rollout.stop)
+            audit |= audit_padding(self.parts.tokenizer, self.parts.stop)
         with timer("adv"):
             rewards, reward_figures = shaped_rewards(config, groups, samples)
             samples, values = with_advantages(config.algorithm, groups, samples, rewards, greedy)
         with timer("update_actor"):
             update_figures, histograms = self.update(samples)
-        histograms |= rollout_histograms(groups, values)
-        figures |= rollout_metrics(groups, values) | audit
-        return StepLog(
-            figures | policy_figures | reward_figures | update_figures, histograms, sample_records(groups, samples)
-        )
+        with timer("metrics"):
+            histograms |= rollout_histograms(groups, values)
+            figures |= rollout_metrics(groups, values) | audit
+            figures |= policy_figures | reward_figures | update_figures
+            return StepLog(figures, histograms, sample_records(groups, samples))
 
     def roles(self) -> dict[str, Role]:
         """The reference too: what training started from may be gone, or another, when the run is continued."""

@@ -21,7 +21,8 @@ def likelihood_update(
     config: LikelihoodConfig, actor: ModelWorker, average: WeightAverage | None, samples: Sequence[Sample]
 ) -> Metrics:
     """-sum_t w_t log pi(y_t) over the loss-bearing tokens of all samples, and one optimizer step. Collective."""
-    batch = weighed_by(config, samples)
-    plan = actor.plan(batch, config.train.max_tokens_per_micro_batch)
+    with actor.timer("plan"):
+        batch = weighed_by(config, samples)
+        plan = actor.plan(batch, config.train.max_tokens_per_micro_batch)
     stats = actor.forward_backward(batch, plan, NegativeLogLikelihood())
     return update_metrics("actor", stats, take_step(actor, average))

@@ -41,20 +41,27 @@ class Policies:
         if probe or self.needs_old:
             with timer("old_log_prob"):
                 log_probs = self.actor.log_probs(samples, self._plan(samples), temperature)
-            samples = [sample.with_loss_field("old_log_probs", log_probs[sample.id]) for sample in samples]
+                samples = [sample.with_loss_field("old_log_probs", log_probs[sample.id]) for sample in samples]
             if probe:
-                metrics |= self.parity.check(groups, log_probs, step)
+                with timer("parity"):
+                    metrics |= self.parity.check(groups, log_probs, step)
         if self.reference is not None:
             with timer("ref"):
                 log_probs = self.reference.log_probs(samples, self._plan(samples), temperature)
-            samples = [sample.with_loss_field("ref_log_probs", log_probs[sample.id]) for sample in samples]
+                samples = [sample.with_loss_field("ref_log_probs", log_probs[sample.id]) for sample in samples]
         if is_corrected(config.rollout_correction):
-            samples = with_rollout_log_probs(samples, groups)
-            if config.rollout_correction.bypass:
-                samples = [sample.with_field("old_log_probs", sample.fields["rollout_log_probs"]) for sample in samples]
-            samples, figures = correct(samples, config.rollout_correction)
+            with timer("correction"):
+                samples, figures = self._corrected(groups, samples)
             metrics |= figures
         return samples, metrics
+
+    def _corrected(
+        self, groups: Sequence[RolloutGroup], samples: list[Sample]
+    ) -> tuple[list[Sample], dict[str, float]]:
+        samples = with_rollout_log_probs(samples, groups)
+        if self.config.rollout_correction.bypass:
+            samples = [sample.with_field("old_log_probs", sample.fields["rollout_log_probs"]) for sample in samples]
+        return correct(samples, self.config.rollout_correction)
 
     def _plan(self, samples: Sequence[Sample]) -> StepPlan:
         return self.actor.plan(samples, self.config.train.max_tokens_per_micro_batch)

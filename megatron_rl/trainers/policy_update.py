@@ -42,19 +42,20 @@ class PolicyUpdate:
                     smoother.visit = epoch
                 per_update = self._once(samples[start : start + size])
                 if smoother is not None:
-                    records = self.actor.gather(smoother.records)
-                    states = sum(self.actor.gather([len(smoother.averages)]))
-                    for name, value in smoother.metrics(records, states).items():
-                        smoothing.setdefault(name, []).append(value)
+                    with self.actor.timer("smoothing"):
+                        records = self.actor.gather(smoother.records)
+                        states = sum(self.actor.gather([len(smoother.averages)]))
+                        for name, value in smoother.metrics(records, states).items():
+                            smoothing.setdefault(name, []).append(value)
                 total = merge(total, per_update) if total else per_update
         figures = results(total)
         return figures | {name: fmean(values) for name, values in smoothing.items()}, _histograms(records)
 
     def _once(self, samples: Sequence[Sample]) -> Metrics:
-        mini_batch = weighed(
-            samples, str(self.config.algorithm.aggregation), horizon=self.config.rollout.max_new_tokens
-        )
-        plan = self.actor.plan(mini_batch, self.config.train.max_tokens_per_micro_batch)
+        config = self.config
+        with self.actor.timer("plan"):
+            mini_batch = weighed(samples, str(config.algorithm.aggregation), horizon=config.rollout.max_new_tokens)
+            plan = self.actor.plan(mini_batch, config.train.max_tokens_per_micro_batch)
         stats = self.actor.forward_backward(mini_batch, plan, self.objective)
         return update_metrics("actor", stats, take_step(self.actor, self.average))
 

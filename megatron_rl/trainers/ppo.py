@@ -48,10 +48,12 @@ class PpoTrainer:
     def step(self, step: int, timer: Timer) -> StepLog:
         config, critic = self.config, self.critic
         groups, figures = self.batches(step, timer)
-        samples = to_samples(groups, drop_truncated=bool(config.algorithm.drop_truncated))
+        with timer("samples"):
+            samples = to_samples(groups, drop_truncated=bool(config.algorithm.drop_truncated))
         samples, policy_figures = self.policies.compare(groups, samples, step, timer)
-        figures |= audit_rollouts(groups, samples, self.parts.stop, config.rollout.stop)
-        figures |= audit_padding(self.parts.tokenizer, self.parts.stop)
+        with timer("samples"):
+            figures |= audit_rollouts(groups, samples, self.parts.stop, config.rollout.stop)
+            figures |= audit_padding(self.parts.tokenizer, self.parts.stop)
         with timer("values"):
             values = critic.values(samples, critic.plan(samples, config.train.max_tokens_per_micro_batch))
         with timer("adv"):
@@ -64,12 +66,10 @@ class PpoTrainer:
             with timer("update_actor"):
                 update_figures, histograms = self.update(samples)
             figures |= update_figures
-        figures |= policy_figures | reward_figures | value_figures
-        return StepLog(
-            figures | rollout_metrics(groups, advantages),
-            histograms | rollout_histograms(groups, advantages),
-            sample_records(groups, samples),
-        )
+        with timer("metrics"):
+            figures |= policy_figures | reward_figures | value_figures | rollout_metrics(groups, advantages)
+            histograms |= rollout_histograms(groups, advantages)
+            return StepLog(figures, histograms, sample_records(groups, samples))
 
     def roles(self) -> dict[str, Role]:
         """The reference too: what training started from may be gone, or another, when the run is continued."""

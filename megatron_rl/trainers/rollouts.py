@@ -99,7 +99,8 @@ class RolloutBatches:
             )
             if step < self.config.train.steps:
                 engine = cast(OverlappingEngine, self.parts.engine)
-                self.next = engine.start(self._prompts(), sampling(self.config, step + 1, 0))
+                with timer("gen"):
+                    self.next = engine.start(self._prompts(), sampling(self.config, step + 1, 0))
         return groups, figures
 
     def _prompts(self) -> list[Prompt]:

@@ -109,6 +109,8 @@ class Run:
         self.guards = Guards(config)
         self.best = Best(config.checkpoint.best, self.directory)
         self.timer = Timer()
+        for worker in trainer.parts.workers:
+            worker.timer = self.timer
         self.writer: Writer | None = None
         self.differences: list[str] = []
 
@@ -192,7 +194,7 @@ class Run:
 
     def _writing(self, directory: Path, phase: str) -> AbstractContextManager[None]:
         """As long as the directory grows, a write is no hang; rank 0 looks for all."""
-        return progress.phase(phase, (lambda: bytes_in(directory)) if self.mesh.rank == 0 else None)
+        return self.timer(phase, (lambda: bytes_in(directory)) if self.mesh.rank == 0 else None)
 
     @staticmethod
     def _due(step: int, every: int) -> bool:

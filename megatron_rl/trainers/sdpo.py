@@ -72,9 +72,10 @@ class SdpoTrainer:
         config, parts = self.config, self.parts
         groups, figures = self.batches(step, timer)
         greedy = greedy_rewards(config, parts, groups, timer)
-        samples = to_samples(groups, drop_truncated=bool(config.algorithm.drop_truncated))
-        figures |= audit_rollouts(groups, samples, parts.stop, config.rollout.stop)
-        figures |= audit_padding(parts.tokenizer, parts.stop)
+        with timer("samples"):
+            samples = to_samples(groups, drop_truncated=bool(config.algorithm.drop_truncated))
+            figures |= audit_rollouts(groups, samples, parts.stop, config.rollout.stop)
+            figures |= audit_padding(parts.tokenizer, parts.stop)
         samples, policy_figures = self.policies.compare(groups, samples, step, timer)
         with timer("adv"):
             rewards, reward_figures = shaped_rewards(config, groups, samples)
@@ -83,12 +84,14 @@ class SdpoTrainer:
             pairs, context_figures = self._pairs(groups, samples, step)
         with timer("update_actor"):
             update_figures = self._update(pairs)
-        figures |= rollout_metrics(groups, values) | policy_figures | reward_figures | context_figures | update_figures
-        histograms = rollout_histograms(groups, values)
-        if not self.blends:
-            figures = {name: value for name, value in figures.items() if not name.startswith(OF_ADVANTAGES)}
-            histograms = {name: value for name, value in histograms.items() if not name.startswith(OF_ADVANTAGES)}
-        return StepLog(figures, histograms, sample_records(groups, samples))
+        with timer("metrics"):
+            figures |= rollout_metrics(groups, values) | policy_figures | reward_figures
+            figures |= context_figures | update_figures
+            histograms = rollout_histograms(groups, values)
+            if not self.blends:
+                figures = {name: value for name, value in figures.items() if not name.startswith(OF_ADVANTAGES)}
+                histograms = {name: value for name, value in histograms.items() if not name.startswith(OF_ADVANTAGES)}
+            return StepLog(figures, histograms, sample_records(groups, samples))
 
     def _pairs(
         self, groups: Sequence[RolloutGroup], samples: Sequence[Sample], step: int
@@ -146,16 +149,20 @@ class SdpoTrainer:
                 metrics, moved = self._update_once(chosen)
                 total, applied = merge(total, metrics), applied or moved
                 if moved:
-                    figures |= self.teacher.after_step()
+                    with self.actor.timer("average"):
+                        figures |= self.teacher.after_step()
         if applied:
-            figures |= self.teacher.after_batch()
+            with self.actor.timer("average"):
+                figures |= self.teacher.after_batch()
         return results(total) | figures
 
     def _update_once(self, pairs: Sequence[Pair]) -> tuple[Metrics, bool]:
         config, budget = self.config, self.config.train.max_tokens_per_micro_batch
-        mini_batch = with_weights(config, [pair.sample for pair in pairs], [pair.factor for pair in pairs])
-        plan = self.actor.plan(mini_batch, budget)
-        targets, other = self.teacher.targets([pair.read for pair in pairs], plan, budget)
+        with self.actor.timer("plan"):
+            mini_batch = with_weights(config, [pair.sample for pair in pairs], [pair.factor for pair in pairs])
+            plan = self.actor.plan(mini_batch, budget)
+        with self.actor.timer("teacher"):
+            targets, other = self.teacher.targets([pair.read for pair in pairs], plan, budget)
         objective = distillation(
             config, targets, other, vocab_size=self.actor.shape.vocab_size, on_policy=self.on_policy
         )

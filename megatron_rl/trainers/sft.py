@@ -30,23 +30,26 @@ class SftTrainer:
         self.average = kept_average(config, actor)
 
     def step(self, step: int, timer: Timer) -> StepLog:
-        drawn = self.source.next(self.config.train.batch_size)
-        samples = [from_demonstration(number, shown) for number, shown in enumerate(drawn)]
+        with timer("samples"):
+            drawn = self.source.next(self.config.train.batch_size)
+            samples = [from_demonstration(number, shown) for number, shown in enumerate(drawn)]
+            audit = audit_samples([(shown.prompt.token_ids, shown.token_ids) for shown in drawn], samples)
+            audit |= audit_padding(self.parts.tokenizer, self.parts.stop)
         with timer("update_actor"):
             metrics = likelihood_update(self.config, self.actor, self.average, samples)
-        lengths = [float(sample.loss_mask.sum()) for sample in samples]
-        scalars = {
-            **results(metrics),
-            "response_length/mean": fmean(lengths),
-            "perf/total_num_tokens": float(sum(map(len, samples))),
-            **audit_samples([(shown.prompt.token_ids, shown.token_ids) for shown in drawn], samples),
-            **audit_padding(self.parts.tokenizer, self.parts.stop),
-        }
-        records = [
-            {"id": sample.id, "prompt": shown.prompt.index, "response_length": length}
-            for sample, shown, length in zip(samples, drawn, lengths)
-        ]
-        return StepLog(scalars, {"response_length": lengths}, records)
+        with timer("metrics"):
+            lengths = [float(sample.loss_mask.sum()) for sample in samples]
+            scalars = {
+                **results(metrics),
+                "response_length/mean": fmean(lengths),
+                "perf/total_num_tokens": float(sum(map(len, samples))),
+                **audit,
+            }
+            records = [
+                {"id": sample.id, "prompt": shown.prompt.index, "response_length": length}
+                for sample, shown, length in zip(samples, drawn, lengths)
+            ]
+            return StepLog(scalars, {"response_length": lengths}, records)
 
     def roles(self) -> dict[str, Role]:
         return {"actor": self.actor, **({} if self.average is None else {"average": self.average})}

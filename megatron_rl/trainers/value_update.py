@@ -57,8 +57,9 @@ class ValueUpdate:
         return results(total)
 
     def _once(self, samples: Sequence[Sample]) -> Metrics:
-        mini_batch = weighed(samples, "token-mean")
-        plan = self.critic.plan(mini_batch, self.config.train.max_tokens_per_micro_batch)
+        with self.critic.timer("plan"):
+            mini_batch = weighed(samples, "token-mean")
+            plan = self.critic.plan(mini_batch, self.config.train.max_tokens_per_micro_batch)
         stats = self.critic.forward_backward(mini_batch, plan, self.objective)
         update = self.critic.step()
         clipped = Max(min(update.grad_norm, self.critic.clip_grad))

@@ -15,6 +15,7 @@ from megatron_rl.config.schema import ModelConfig, OptimConfig
 from megatron_rl.data.collate import MicroBatch
 from megatron_rl.data.planner import StepPlan
 from megatron_rl.data.samples import Sample
+from megatron_rl.metrics.timing import Timer
 from megatron_rl.metrics.types import Metrics, merge
 from megatron_rl.models.build import LanguageModel
 from megatron_rl.models.exchange import export_weights
@@ -44,7 +45,10 @@ class StepResult:
 
 
 class ModelWorker(ShardedModel):
-    """The model with megatron-core's DDP and distributed optimizer. `version` counts the steps that were applied."""
+    """The model with megatron-core's DDP and distributed optimizer. `version` counts the steps that were applied.
+
+    `timer` measures the parts of an update; a run gives its workers its own.
+    """
 
     def __init__(self, model: ModelConfig, optim: OptimConfig, mesh: Mesh, *, total_steps: int) -> None:
         super().__init__(model, mesh)
@@ -54,6 +58,7 @@ class ModelWorker(ShardedModel):
         self.scheduler = _scheduler(self.optimizer, optim, total_steps)
         self.clip_grad = optim.clip_grad
         self.loss_is_finite = True
+        self.timer = Timer()
 
     def _wrap(self, index: int, chunk: LanguageModel) -> DistributedDataParallel:
         """Gradients are kept and reduced in fp32; the distributed optimizer is on at every size, DP = 1 too."""
@@ -79,6 +84,10 @@ class ModelWorker(ShardedModel):
 
         `samples` is the whole mini-batch, on every rank.
         """
+        with self.timer("forward_backward"):
+            return self._forward_backward(samples, plan, objective)
+
+    def _forward_backward(self, samples: Sequence[Sample], plan: StepPlan, objective: Objective) -> Metrics:
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
@@ -94,7 +103,8 @@ class ModelWorker(ShardedModel):
             return self._forward(chunk, batch), loss
 
         batches = self._micro_batches(samples, plan, objective.field_names)
-        results = run_schedule(self.chunks, batches, step, mesh=self.mesh, forward_only=False)
+        reducing = self.timer("reduce_gradients")
+        results = run_schedule(self.chunks, batches, step, mesh=self.mesh, forward_only=False, reducing=reducing)
         total: Metrics | None = None
         for metrics in results:
             total = metrics if total is None else merge(total, metrics)
@@ -106,6 +116,10 @@ class ModelWorker(ShardedModel):
         Without a loss scaler megatron-core does not look at what it clips: a NaN or an infinite norm would reach every
         weight and moment. So nothing is asked of it where any rank's loss or gradients are not finite.
         """
+        with self.timer("optimizer"):
+            return self._step()
+
+    def _step(self) -> StepResult:
         lr = self.lr
         if any_rank(not (self.loss_is_finite and self._gradients_are_finite())):
             return StepResult(math.nan, lr, applied=False)

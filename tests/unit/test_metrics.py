@@ -6,7 +6,8 @@ from functools import reduce
 import pytest
 
 from megatron_rl.metrics import timing
-from megatron_rl.metrics.timing import Timer
+from megatron_rl.metrics.progress import progress
+from megatron_rl.metrics.timing import Timer, phases
 from megatron_rl.metrics.types import Max, Mean, Metrics, Min, Sum, flatten, merge, unflatten
 
 
@@ -99,6 +100,27 @@ def test_timer_adds_nests_and_resets(monkeypatch: pytest.MonkeyPatch) -> None:
     assert timer.metrics() == {"timing_s/gen": 4.0, "timing_s/step": 10.0}
     timer.reset()
     assert timer.metrics() == {}
+
+
+def test_a_span_inside_a_phase_is_a_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 1.0, 2.0, 3.0, 3.5, 4.0, 6.0, 6.5, 7.0, 9.0])
+    monkeypatch.setattr(timing, "perf_counter", lambda: next(clock))
+    timer = Timer()
+    with timer("step"), timer("update_actor"):
+        with timer("forward_backward"), timer("reduce_gradients"):
+            assert progress.place.phase == "update_actor/forward_backward/reduce_gradients"
+        assert progress.place.phase == "update_actor"
+    with timer("testing"):
+        pass
+    assert timer.metrics() == {
+        "timing_s/step": 6.5,
+        "timing_s/update_actor": 5.0,
+        "timing_s/update_actor/forward_backward": 2.0,
+        "timing_s/update_actor/forward_backward/reduce_gradients": 0.5,
+        "timing_s/testing": 2.0,
+    }
+    logged = timer.metrics() | {"timing_s/gen_ahead": 5.0, "timing_s/gen": 2.0, "perf/time_per_step": 6.0}
+    assert phases(logged) == {"update_actor": 5.0, "gen": 2.0}
 
 
 def test_timer_counts_a_span_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:

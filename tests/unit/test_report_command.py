@@ -91,6 +91,23 @@ def test_a_healthy_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert (run / "report.html").read_text() == page
 
 
+def test_where_the_seconds_went(tmp_path: Path) -> None:
+    """Phases by their seconds, parts after their phase; what is no phase of a step is left out."""
+    step = {"step": 4.0, "gen": 1.0, "update_actor": 2.5, "update_actor/optimizer": 0.5, "testing": 9.0}
+    rows = [{f"timing_s/{name}": factor * seconds for name, seconds in step.items()} for factor in (1.0, 3.0)]
+    write_scalars(tmp_path / "run", enumerate(rows, 1))
+    assert main(["report", str(tmp_path / "run")]) == 0
+    table = [
+        "| phase | seconds per step | share |",
+        "| --- | --- | --- |",
+        "| timing_s/update_actor | 5 | 62.5% |",
+        "| timing_s/update_actor/optimizer | 1 | 12.5% |",
+        "| timing_s/gen | 2 | 25.0% |",
+    ]
+    text = (tmp_path / "run" / "report.md").read_text()
+    assert "\n".join(table) in text and "timing_s/testing | 18" not in text
+
+
 def test_a_sick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_scalars(tmp_path / "warm_up", warm_up().items())
     out = tmp_path / "elsewhere" / "report"
