@@ -69,6 +69,11 @@ def _block(source: Reader, name: str, rank: int, size: int) -> Tensor:
     return source.rows(name, rank * rows, (rank + 1) * rows)
 
 
+def _joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """One after the other; a single part as it is, without a copy."""
+    return torch.cat(list(parts), dim) if len(parts) > 1 else parts[0]
+
+
 class Replicated:
     """The same on every rank."""
 
@@ -90,7 +95,7 @@ class Vocabulary:
         return torch.cat([held, held.new_zeros(rows - held.shape[0], *held.shape[1:])])
 
     def merge(self, shards: Sequence[Tensor], heads: Heads) -> tuple[Tensor, ...]:
-        return (torch.cat(list(shards))[: heads.vocab_size],)
+        return (_joined(shards)[: heads.vocab_size],)
 
     def runs(self, rows: int, heads: Heads) -> tuple[Run, ...]:
         return (Run(0, 0, 0, heads.vocab_size),)
@@ -104,7 +109,7 @@ class RowParallel:
         return source.columns(names[0], rank * columns, (rank + 1) * columns)
 
     def merge(self, shards: Sequence[Tensor], heads: Heads) -> tuple[Tensor, ...]:
-        return (torch.cat(list(shards), dim=1),)
+        return (_joined(shards, dim=1),)
 
     def runs(self, rows: int, heads: Heads) -> tuple[Run, ...]:
         return (Run(0, 0, 0, rows),)
@@ -118,7 +123,7 @@ class GatedLinear:
 
     def merge(self, shards: Sequence[Tensor], heads: Heads) -> tuple[Tensor, ...]:
         halves = [shard.chunk(2) for shard in shards]
-        return tuple(torch.cat([half[i] for half in halves]) for i in range(2))
+        return tuple(_joined([half[i] for half in halves]) for i in range(2))
 
     def runs(self, rows: int, heads: Heads) -> tuple[Run, ...]:
         half = rows // 2
@@ -142,7 +147,7 @@ class FusedQKV:
         ).reshape(-1, *rest)
 
     def merge(self, shards: Sequence[Tensor], heads: Heads) -> tuple[Tensor, ...]:
-        full = torch.cat(list(shards))
+        full = _joined(shards)
         rest = full.shape[1:]
         queries = heads.num_heads // heads.num_kv_heads * heads.head_dim
         grouped = full.reshape(heads.num_kv_heads, queries + 2 * heads.head_dim, *rest)
