@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Parameter
 
 import megatron_rl.parallel.device as device
 from megatron_rl.models.hf_config import Experts, ModelShape, check_layout, layers_on_last_stage
@@ -42,7 +43,7 @@ class LanguageModel(GPTModel):
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return hidden_states
 
-    def head_weight(self) -> Tensor:
+    def head_weight(self) -> Parameter:
         """This rank's rows of the output layer, [padded rows, hidden]; the embedding's where they are tied."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_rl.ops.dispatch import uses_triton
 from megatron_rl.ops.linear_stats import LinearStats, linear_stats, stats_of
-from megatron_rl.ops.logit_stream import VOCABULARY_CHUNK, add_mm_, exp_, keeping, logit_chunks
+from megatron_rl.ops.logit_stream import VOCABULARY_CHUNK, exp_, head_gradients, keeping, logit_chunks
 from megatron_rl.ops.summary import FLOOR, summarise, within
 from megatron_rl.ops.vocab_shard import VocabShard
 
@@ -27,6 +27,7 @@ class Head(NamedTuple):
     hidden: Tensor  # [N, H], the same on every rank
     weight: Tensor  # [rows, H], this rank's rows of the lm-head
     temperature: float = 1.0
+    main_grad: Tensor | None = None  # as for `linear_stats`
 
 
 def mixed_head(first: Head, second: Head, coefficient: float) -> Head:
@@ -65,20 +66,13 @@ def paired_stats(
     `largest_ids` of both.
     """
     options: dict[str, Any] = {"shard": shard, "entropy": figures, "chunk": chunk}
+    learning = {**options, "temperature": student.temperature, "main_grad": student.main_grad}
     own = k if figures else 0
     if support == "student":
-        learner = linear_stats(student.hidden, student.weight, labels, temperature=student.temperature, k=k, **options)
+        learner = linear_stats(student.hidden, student.weight, labels, k=k, **learning)
         return Pair(learner, _teacher_stats(teacher, labels, k=own, indices=learner.topk_ids, **options))
     guide = _teacher_stats(teacher, labels, k=k, indices=None, **options)
-    learner = linear_stats(
-        student.hidden,
-        student.weight,
-        labels,
-        temperature=student.temperature,
-        k=own,
-        indices=guide.topk_ids,
-        **options,
-    )
+    learner = linear_stats(student.hidden, student.weight, labels, k=own, indices=guide.topk_ids, **learning)
     return Pair(learner, guide)
 
 
@@ -164,6 +158,7 @@ def full_divergence(
         alpha,
         k,
         chunk,
+        student.main_grad,
     )
     stats = [LinearStats(numbers[i], numbers[i + 1], largest_ids=numbers[i + 2]) for i in (0, 3)]
     return FullDivergence(loss, Pair(*stats))
@@ -183,6 +178,7 @@ class _FullDivergence(torch.autograd.Function):
         alpha: float,
         k: int,
         chunk: int,
+        main_grad: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         heads = [(hidden, weight[: shard.size]), (teacher_hidden, teacher_weight[: shard.size])]
         kept = [keeping(h, w, True) for h, w in heads]
@@ -196,6 +192,7 @@ class _FullDivergence(torch.autograd.Function):
             hidden, weight, teacher_hidden, teacher_weight, *log_totals, labels - shard.start, stats[0].entropy
         )
         ctx.shard, ctx.temperatures, ctx.alpha, ctx.chunk, ctx.kept = shard, temperatures, alpha, chunk, kept
+        ctx.main_grad = main_grad  # not saved: others may add to it before the backward pass
         tensors = (hidden, weight, teacher_hidden, teacher_weight, *log_totals)
         if uses_triton(hidden):
             from megatron_rl.ops.triton import divergence as kernels
@@ -215,9 +212,6 @@ class _FullDivergence(torch.autograd.Function):
         ctx: Any, grad_loss: Tensor | None, grad_logp: Tensor | None, grad_entropy: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
         hidden, weight, *rest, labels, entropy = ctx.saved_tensors
-        grad_hidden = torch.zeros_like(hidden, dtype=entropy.dtype)
-        grad_weight = torch.empty_like(weight)
-        grad_weight[ctx.shard.size :] = 0
         grads = [None if g is None else g / ctx.temperatures[0] for g in (grad_loss, grad_logp, grad_entropy)]
         arguments = (ctx, (hidden, weight, *rest), labels, entropy, grads)
         if uses_triton(hidden):
@@ -226,11 +220,9 @@ class _FullDivergence(torch.autograd.Function):
             chunks = kernels.gradients(*arguments)
         else:
             chunks = _gradients(*arguments)
-        for columns, grad in chunks:
-            torch.mm(grad.t(), hidden, out=grad_weight[columns])
-            add_mm_(grad_hidden, grad, weight[columns])
+        grad_hidden, grad_weight = head_gradients(chunks, hidden, weight, ctx.shard.size, ctx.main_grad)
         ctx.kept = [None, None]
-        return grad_hidden.to(hidden.dtype), grad_weight, *[None] * 8
+        return grad_hidden, grad_weight, *[None] * 9
 
 
 def _shard_sums(ctx: Any, tensors: tuple[Tensor, ...]) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_rl.ops.dispatch import uses_triton
-from megatron_rl.ops.logit_stream import VOCABULARY_CHUNK, add_mm_, exp_, keeping, logit_chunks, product_chunks
+from megatron_rl.ops.logit_stream import VOCABULARY_CHUNK, exp_, head_gradients, keeping, logit_chunks, product_chunks
 from megatron_rl.ops.summary import FLOOR, Summary, summarise, within
 from megatron_rl.ops.topk import Places
 from megatron_rl.ops.vocab_shard import VocabShard
@@ -51,6 +51,7 @@ def linear_stats(
     k: int = 0,
     indices: Tensor | None = None,
     chunk: int = VOCABULARY_CHUNK,
+    main_grad: Tensor | None = None,
 ) -> LinearStats:
     """Statistics of softmax(hidden weight^T / temperature) over the whole vocabulary, equal on all ranks of the shard.
 
@@ -66,6 +67,9 @@ def linear_stats(
     shards: reach this function through a region operator whose backward reduces it. Call it with N = 0 too, on all
     ranks alike: the weight then gets a gradient of zeros. Ids carry none.
 
+    With `main_grad` [rows, H], float64 for float64, otherwise float32, the backward pass adds the weight's gradient to
+    that tensor, and `weight` itself gets none.
+
     `chunk` is the number of vocabulary columns in memory at once; the forward pass of the kernels for GPUs has whole
     rows of 1024 tokens instead.
     """
@@ -74,7 +78,7 @@ def linear_stats(
     assert weight.shape[0] >= shard.size, (weight.shape, shard)
     assert shard.group is not None or k <= shard.size, (k, shard)
     logp, h, topk_logp, tail_logp, ids = _LinearStats.apply(
-        hidden, weight, labels, indices, shard, temperature, entropy, k, chunk
+        hidden, weight, labels, indices, shard, temperature, entropy, k, chunk, main_grad
     )
     return LinearStats(logp, h, topk_logp, ids if indices is None else indices, tail_logp, ids)
 
@@ -92,6 +96,7 @@ class _LinearStats(torch.autograd.Function):
         entropy: bool,
         k: int,
         chunk: int,
+        main_grad: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         kept = keeping(hidden, weight[: shard.size], any(ctx.needs_input_grad))
         summary = summarise(
@@ -109,6 +114,7 @@ class _LinearStats(torch.autograd.Function):
         ids = summary.largest_ids if indices is None else indices
         ctx.save_for_backward(hidden, weight, labels, ids, *summary[:-1])
         ctx.shard, ctx.temperature, ctx.chunk, ctx.kept = shard, temperature, chunk, kept
+        ctx.main_grad = main_grad  # not saved: others may add to it before the backward pass
         ctx.set_materialize_grads(False)
         if summary.largest_ids is not None:
             ctx.mark_non_differentiable(summary.largest_ids)
@@ -131,15 +137,10 @@ class _LinearStats(torch.autograd.Function):
         grads = [None if g is None else g / ctx.temperature for g in (grad_logp, grad_entropy, grad_topk, grad_tail)]
         slope = _Slope(summary, ids, *grads, shard=ctx.shard, chunk=ctx.chunk)
         local_labels = labels - ctx.shard.start
-        grad_hidden = torch.zeros_like(hidden, dtype=summary.top.dtype)
-        grad_weight = torch.empty_like(weight)
-        grad_weight[ctx.shard.size :] = 0
-        for columns, grad in slope.chunks(hidden, weight[: ctx.shard.size], local_labels, ctx.temperature, ctx.kept):
-            # All tokens at once, so each row of the weight's gradient is rounded once.
-            torch.mm(grad.t(), hidden, out=grad_weight[columns])
-            add_mm_(grad_hidden, grad, weight[columns])
+        chunks = slope.chunks(hidden, weight[: ctx.shard.size], local_labels, ctx.temperature, ctx.kept)
+        grad_hidden, grad_weight = head_gradients(chunks, hidden, weight, ctx.shard.size, ctx.main_grad)
         ctx.kept = None
-        return grad_hidden.to(hidden.dtype), grad_weight, *[None] * 7
+        return grad_hidden, grad_weight, *[None] * 8
 
 
 def stats_of(summary: Summary) -> LinearStats:

@@ -99,7 +99,7 @@ class Distillation:
     def _divergence(self, tokens: LossTokens) -> tuple[Tensor, Pair]:
         """D_t [N], and what both heads say."""
         batch, shard = tokens.batch, tokens.shard
-        student = Head(tokens.hidden, tokens.weight, self.temperature)
+        student = Head(tokens.hidden, tokens.weight, self.temperature, tokens.main_grad)
         teacher = self.targets.head(batch, tokens.hidden, self.temperature)
         if self.other is not None:
             teacher = mixed_head(teacher, self.other.head(batch, tokens.hidden, self.temperature), self.mix)

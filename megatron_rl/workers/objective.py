@@ -19,6 +19,7 @@ from megatron_rl.algorithms.rollout_correction import off_policy_sequence_mask
 from megatron_rl.data.collate import MicroBatch
 from megatron_rl.metrics.types import Max, Mean, Metrics, Sum
 from megatron_rl.models.build import LanguageModel
+from megatron_rl.models.main_grad import with_main_grad
 from megatron_rl.ops.linear_stats import LinearStats, linear_stats
 from megatron_rl.ops.vocab_shard import VocabShard
 from megatron_rl.parallel.mesh import Mesh
@@ -36,11 +37,12 @@ class LossTokens:
     """The loss-bearing tokens of a micro-batch before the vocabulary: N final hidden states, and the lm-head.
 
     `hidden` [N, H] is the same on every tensor-parallel rank, and its gradient is completed behind it; `weight` is this
-    rank's shard of the head.
+    rank's shard of the head, whose gradient is added to `main_grad` where that is given.
     """
 
     hidden: Tensor
     weight: Tensor
+    main_grad: Tensor | None
     shard: VocabShard
     chunk: int  # columns of the vocabulary in memory at once
     batch: MicroBatch
@@ -55,6 +57,7 @@ class LossTokens:
             temperature=temperature,
             entropy=entropy,
             chunk=self.chunk,
+            main_grad=self.main_grad,
         )
 
 
@@ -67,9 +70,11 @@ def loss_tokens(model: LanguageModel, hidden: Tensor, batch: MicroBatch, mesh: M
         hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
     else:
         hidden = copy_to_tensor_model_parallel_region(hidden)
+    weight, main_grad = with_main_grad(model.head_weight())
     return LossTokens(
         hidden=hidden[:, 0].index_select(0, batch.loss_positions),
-        weight=model.head_weight(),
+        weight=weight,
+        main_grad=main_grad,
         shard=model.shard,
         chunk=chunk,
         batch=batch,

@@ -65,6 +65,27 @@ def test_statistics(
     assert not gradients[1][v:].any()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_that_are_added(device: torch.device, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of both operators' weights, to a tensor of ones."""
+    n, v = sizes(device)
+
+    def slopes(place: torch.device, dtype: torch.dtype) -> Arrays:
+        tensors = [x.to(place, dtype).requires_grad_() for seed in (0, 2) for x in head(n, v, seed)]
+        main_grad = torch.ones_like(tensors[1], dtype=torch.promote_types(dtype, torch.float32))
+        labels, shard = torch.zeros(n, dtype=torch.int64, device=place), VocabShard(0, v)
+        linear_stats(*tensors[:2], labels, shard=shard, chunk=50, main_grad=main_grad).logp.sum().backward()
+        student = Head(*tensors[:2], main_grad=main_grad)
+        full_divergence(student, Head(*tensors[2:]), labels, alpha=0.3, shard=shard, chunk=64).loss.sum().backward()
+        assert tensors[1].grad is None
+        return [main_grad, tensors[0].grad]
+
+    through("triton", monkeypatch)
+    found = slopes(device, dtype)
+    through("torch", monkeypatch)
+    check(found, slopes(torch.device("cpu"), torch.float64), TOLERANCE[dtype][1])
+
+
 def divergence_and_gradients(n: int, v: int, dtype: torch.dtype, device: torch.device, alpha: float) -> Any:
     tensors = [x.to(device, dtype).requires_grad_() for seed in (0, 2) for x in head(n, v, seed)]
     student, teacher = Head(*tensors[:2], 0.9), Head(*tensors[2:], 1.1)
