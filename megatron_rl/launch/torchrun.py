@@ -62,6 +62,12 @@ def launch(count: int, arguments: Sequence[str]) -> int:
     A process that a signal ended counts as 128 + the signal, as in a shell; so does a signal that ends this one.
     SIGTERM and SIGUSR1 are passed on to the ranks, which decide; a second one ends all at once.
     """
+    if CHECKED not in os.environ:
+        # Begun anew without what the checks have loaded, 300 MB that would stay for as long as the ranks run.
+        os.environ[CHECKED] = str(os.getpid())
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.execv(sys.executable, [sys.executable, "-m", "megatron_rl", *arguments])
     # Imported late: one process needs no torchrun, and a mistake should not wait for torch.
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

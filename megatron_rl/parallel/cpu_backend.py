@@ -200,7 +200,19 @@ def _routing(module: Any) -> None:
         module.te_general_gemm = None
 
 
+def _jit(module: Any) -> None:
+    module.disable_jit_fuser()
+
+
 DEBTS = (
+    Debt(
+        f"{PACKAGE}.jit",
+        ("jit_fuser", "disable_jit_fuser"),
+        "jit.py:17-38",
+        "it decorates fused CUDA functions, which a CPU never calls, with torch.compile: importing the compiler and "
+        "Triton costs seconds and 150 MB in every process",
+        _jit,
+    ),
     Debt(
         f"{PACKAGE}.tensor_parallel.mappings",
         ("_gather_along_first_dim", "_reduce_scatter_along_first_dim"),

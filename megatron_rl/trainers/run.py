@@ -23,7 +23,6 @@ from megatron_rl.parallel.collect import any_rank, from_first_rank
 from megatron_rl.parallel.mesh import Mesh, create_mesh, destroy_mesh
 from megatron_rl.parallel.stop import StopRequest
 from megatron_rl.parallel.watchdog import watch
-from megatron_rl.report.curves import has_curve, plot_learning_curve
 from megatron_rl.trainers import expert_iteration, gad, grpo, ppo, sdpo, sft
 from megatron_rl.trainers.average import AveragedModel
 from megatron_rl.trainers.banner import banner
@@ -261,6 +260,9 @@ class Run:
 
     def _draw(self, step: int) -> None:
         """The learning curve, where there is something to draw."""
+        # Late: what draws is needed once, at the end.
+        from megatron_rl.report.curves import has_curve, plot_learning_curve
+
         lines = self.directory / "metrics.jsonl"
         if self.writer is not None and has_curve(lines):
             picture = self.directory / "learning_curve.png"
