@@ -21,11 +21,11 @@ from megatron_rl.algorithms.discriminator import (
     pair_loss,
     score_figures,
 )
-from megatron_rl.algorithms.pooling import pool_weights, pooled
+from megatron_rl.algorithms.pooling import counted
 from megatron_rl.config.critic import DiscriminatorConfig
 from megatron_rl.data.samples import Sample, from_example
 from megatron_rl.trainers.update_metrics import results, update_metrics
-from megatron_rl.workers.critic import CriticWorker, WeighedValues
+from megatron_rl.workers.critic import CriticWorker, WeighedValues, pooled
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,11 +39,15 @@ class Pair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judged:
-    """Pairs with the pooled scores of both sides; each of the teacher's responses was scored once."""
+    """Pairs with the pooled scores of both sides; each of the teacher's responses was scored once.
+
+    `values` and `masks` are those of the tokens, for the pairs' students and then for the teachers.
+    """
 
     teachers: list[Sample]
     pairs: list[Pair]
-    pool: dict[int, Tensor]  # sample id: what its tokens' values weigh in the score
+    values: list[Tensor]  # float32 [n]
+    masks: list[Tensor]  # bool [n]: the tokens whose values make the score
     teacher_scores: Tensor  # float64, one per response of the teacher
     student_scores: Tensor  # float64, one per pair
     valid: Tensor  # bool [B]: both sides have a token that counts
@@ -74,23 +78,23 @@ class Discriminator:
     def judge(self, teachers: list[Sample], pairs: list[Pair]) -> Judged:
         """Scores of both sides under the present weights. Sample ids are unique over both. Collective."""
         samples = [*(pair.student for pair in pairs), *teachers]
-        values = self.critic.values(samples, self.critic.plan(samples, self.max_tokens))
-        pool = {sample.id: self._pool_weights(sample) for sample in samples}
-        scores = pooled([values[sample.id] for sample in samples], [pool[sample.id] for sample in samples])
-        student_scores, teacher_scores = scores.split([len(pairs), len(teachers)])
-        counts = [bool(pool[sample.id].any()) for sample in teachers]
-        valid = [bool(pool[pair.student.id].any()) and counts[pair.teacher] for pair in pairs]
+        of_sample = self.critic.values(samples, self.critic.plan(samples, self.max_tokens))
+        values, masks = [of_sample[sample.id] for sample in samples], [self._counted(sample) for sample in samples]
+        student_scores, teacher_scores = pooled(values, masks).split([len(pairs), len(teachers)])
+        counts = [bool(mask.any()) for mask in masks]
+        valid = [mine and counts[len(pairs) + pair.teacher] for mine, pair in zip(counts, pairs)]
         return Judged(
             teachers=teachers,
             pairs=pairs,
-            pool=pool,
+            values=values,
+            masks=masks,
             teacher_scores=teacher_scores,
             student_scores=student_scores,
             valid=torch.tensor(valid, dtype=torch.bool),
         )
 
-    def _pool_weights(self, sample: Sample) -> Tensor:
-        return pool_weights(sample.token_ids[sample.prompt_length :].tolist(), self.config.pooling.value, self.stop)
+    def _counted(self, sample: Sample) -> Tensor:
+        return counted(sample.token_ids[sample.prompt_length :].tolist(), self.config.pooling.value, self.stop)
 
     def update(self, judged: Judged) -> dict[str, float]:
         """One optimizer step on all valid pairs; `critic/*` as it was before. Collective."""
@@ -115,16 +119,12 @@ class Discriminator:
 
     def _pair_loss(self, judged: Judged) -> tuple[PairTerms, list[Sample]]:
         """The loss, and the samples of both sides with its slopes."""
-        teacher = judged.teacher_scores.clone().requires_grad_()
-        student = judged.student_scores.clone().requires_grad_()
+        values = [of_tokens.double().requires_grad_() for of_tokens in judged.values]
+        student, teacher = pooled(values, judged.masks).split([len(judged.pairs), len(judged.teachers)])
         terms = pair_loss(*_sides(judged, teacher, student), self.loss)
-        terms.loss.backward()
-        assert teacher.grad is not None and student.grad is not None
+        slopes = torch.autograd.grad(terms.loss, values)
         samples = [*(pair.student for pair in judged.pairs), *judged.teachers]
-        slopes = torch.cat([student.grad, teacher.grad]).tolist()
-        return terms, [
-            s.with_field("slopes", slope * judged.pool[s.id]) for s, slope in zip(samples, slopes, strict=True)
-        ]
+        return terms, [sample.with_field("slopes", slope) for sample, slope in zip(samples, slopes, strict=True)]
 
     def _figures(self, judged: Judged) -> dict[str, float]:
         figures: dict[str, float] = {

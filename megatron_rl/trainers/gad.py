@@ -121,7 +121,7 @@ class GadTrainer:
 
     def _rewarded(self, groups: Sequence[RolloutGroup], judged: Judged) -> tuple[list[RolloutGroup], dict[str, float]]:
         """The groups with the critic's rewards; where there is a rule-based one, its part is added."""
-        countable = torch.tensor([bool(judged.pool[pair.student.id].any()) for pair in judged.pairs])
+        countable = torch.tensor([bool(mask.any()) for mask in judged.masks[: len(judged.pairs)]])
         lengths, values = judged.student_lengths, torch.full((len(judged.pairs),), math.nan, dtype=torch.float64)
         values[countable] = rewards(judged.student_scores[countable], lengths[countable], self.discriminator.loss)
         correlation = length_correlation(values[countable], lengths[countable])

@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import accumulate
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from megatron_rl.algorithms.value_loss import value_loss
@@ -20,6 +22,7 @@ from megatron_rl.models.exchange import import_weights
 from megatron_rl.models.hf_config import ModelShape, load_shape
 from megatron_rl.models.hf_map import SCALAR_HEAD
 from megatron_rl.models.random_weights import RandomWeights, WithScalarHead, scalar_head
+from megatron_rl.ops.segments import segment_mean
 from megatron_rl.parallel.mesh import Mesh
 from megatron_rl.parallel.schedule import LossFunction, run_schedule
 from megatron_rl.workers.model_worker import ModelWorker
@@ -74,6 +77,13 @@ class ValueRegression:
                 "critic/vpred_mean": token_mean(tokens.values),
             },
         )
+
+
+def pooled(values: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
+    """The scores [B] float64 of responses: of each the mean of those of its values [n_i] that its mask counts."""
+    bounds = torch.tensor([0, *accumulate(map(len, values))])
+    together = torch.cat([torch.empty(0, dtype=torch.float64), *values])
+    return segment_mean(together, torch.cat([torch.empty(0, dtype=torch.bool), *masks]), bounds)
 
 
 class CriticWorker(ModelWorker):

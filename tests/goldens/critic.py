@@ -8,8 +8,9 @@ from torch import Tensor
 
 from megatron_rl.algorithms import discriminator
 from megatron_rl.algorithms.discriminator import Adaptive, PairLoss
-from megatron_rl.algorithms.pooling import pool_weights, pooled
+from megatron_rl.algorithms.pooling import counted
 from megatron_rl.algorithms.value_loss import value_loss
+from megatron_rl.workers.critic import pooled
 
 Arrays = dict[str, np.ndarray]
 Params = dict[str, Any]
@@ -27,7 +28,7 @@ class Side:
         if params["mode"] == "mean_no_eos" and any(stop & set(text[:-1]) for text in texts):
             raise NotImplementedError("ids that end a response are counted where they stand inside of one")
         self.values = [torch.tensor(values[row][self.mask[row]], requires_grad=True) for row in range(len(values))]
-        self.scores = pooled(self.values, [pool_weights(text, params["mode"], stop) for text in texts])
+        self.scores = pooled(self.values, [counted(text, params["mode"], stop) for text in texts])
         self.lengths = torch.tensor([len(text) for text in texts])
 
     def gradient(self) -> np.ndarray:

@@ -18,7 +18,8 @@ from megatron_rl.algorithms.discriminator import (
     score_figures,
     temperature,
 )
-from megatron_rl.algorithms.pooling import pool_weights, pooled
+from megatron_rl.algorithms.pooling import counted
+from megatron_rl.workers.critic import pooled
 
 EOS, OTHER = 151645, 151643
 TEACHER, STUDENT = torch.tensor([1.0, 2.5, 0.3, 4.0]).double(), torch.tensor([0.5, 3.0, 0.25, -1.0]).double()
@@ -26,7 +27,7 @@ LENGTHS = torch.tensor([3, 9, 4, 6]), torch.tensor([5, 7, 2, 12])
 
 
 def score(values: list[float], token_ids: list[int], mode: str) -> float:
-    return float(pooled([torch.tensor(values)], [pool_weights(token_ids, mode, (EOS, OTHER))])[0])
+    return float(pooled([torch.tensor(values)], [counted(token_ids, mode, (EOS, OTHER))])[0])
 
 
 def test_the_end_is_left_out_and_nothing_else() -> None:
@@ -40,11 +41,11 @@ def test_the_end_is_left_out_and_nothing_else() -> None:
     assert score(values, [7, 8, 9, EOS], "last_token") == 100.0
 
 
-def test_a_response_without_a_countable_token_has_no_weights() -> None:
-    assert pool_weights([EOS], "mean_no_eos", (EOS,)).tolist() == [0.0]
-    assert pool_weights([EOS], "mean", (EOS,)).tolist() == pool_weights([EOS], "last_token", (EOS,)).tolist() == [1.0]
+def test_a_response_without_a_countable_token_scores_zero() -> None:
+    assert counted([EOS], "mean_no_eos", (EOS,)).tolist() == [False] and score([5.0], [EOS], "mean_no_eos") == 0
+    assert score([5.0], [EOS], "mean") == score([5.0], [EOS], "last_token") == 5
     for mode in ("mean_no_eos", "mean", "last_token"):
-        assert pool_weights([], mode, (EOS,)).tolist() == []
+        assert counted([], mode, (EOS,)).tolist() == [] and score([], [], mode) == 0
     assert pooled([], []).tolist() == []
 
 
