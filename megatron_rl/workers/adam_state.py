@@ -77,6 +77,19 @@ def wholes(part: Any, shard_of: ShardOf, *, loading: bool = False) -> Iterator[t
                 yield parameter, _gathered(parameter, buffer, bucket, shard_of)
 
 
+def complete(part: Any, flat_of: ShardOf) -> None:
+    """Fills in, in a flat tensor of all elements of each parameter, those that other ranks hold. Collective.
+
+    This rank's own are there, and all ranks' tensors have one dtype.
+    """
+    group = part.data_parallel_group
+    for buffer, bucket in _buckets(part):
+        for parameter in bucket.params_list:
+            flat = flat_of(parameter)
+            for rank, piece in _pieces(flat, parameter, buffer, bucket) if group.size() > 1 else ():
+                dist.broadcast(piece, group=group, group_src=rank)
+
+
 def beside(part: Any, weights: dict[str, Any], prefix: str, shard_of: ShardOf, *, loading: bool) -> dict[int, Any]:
     """The `wholes` as sharded tensors: placed as the sharded `weights`, and named after them. Collective."""
     extracted, _ = extract_sharded_tensors_and_factories(weights)
@@ -126,13 +139,19 @@ def _held(part: Any, name: str) -> ShardOf:
 
 def _gathered(parameter: Parameter, buffer: Any, bucket: Any, shard_of: ShardOf) -> Tensor:
     """One kind of tensor of a parameter, on every data-parallel rank: each sends what lies in its share."""
-    group, share = buffer.data_parallel_group, bucket.grad_data.numel() // buffer.data_parallel_group.size()
-    # The bucket's own list of places leaves out the padding between parameters.
-    start, stop = (place - bucket.offset for place in buffer.param_index_map[parameter][:2])
+    group = buffer.data_parallel_group
     whole = torch.empty(parameter.numel(), dtype=torch.float32, device=parameter.device)
-    for rank in range(start // share, (stop - 1) // share + 1):
-        piece = whole[max(start, rank * share) - start : min(stop, (rank + 1) * share) - start]
+    for rank, piece in _pieces(whole, parameter, buffer, bucket):
         if rank == group.rank():
             piece.copy_(shard_of(parameter))
         dist.broadcast(piece, group=group, group_src=rank)
     return whole.view(parameter.shape)
+
+
+def _pieces(flat: Tensor, parameter: Parameter, buffer: Any, bucket: Any) -> Iterator[tuple[int, Tensor]]:
+    """(data-parallel rank, the elements that it holds) of a flat tensor of all elements of a parameter."""
+    share = bucket.grad_data.numel() // buffer.data_parallel_group.size()
+    # The bucket's own list of places leaves out the padding between parameters.
+    start, stop = (place - bucket.offset for place in buffer.param_index_map[parameter][:2])
+    for rank in range(start // share, (stop - 1) // share + 1):
+        yield rank, flat[max(start, rank * share) - start : min(stop, (rank + 1) * share) - start]

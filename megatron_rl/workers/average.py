@@ -3,7 +3,8 @@
     theta_T <- d theta_T + (1 - d) theta_S
 
 theta_S are the optimizer's float32 master weights: of bfloat16 ones most steps would be lost. An update stays on its
-rank; whole tensors exist only where the average is written to a model or saved.
+rank; whole tensors exist only where the average is saved, and in a model that it is written to: there each rank rounds
+its own shard, and ranks send each other what is rounded.
 """
 
 import math
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import Parameter
 
 from megatron_rl.config.average import AverageConfig, AverageSchedule
 from megatron_rl.config.schema import ModelConfig
@@ -65,20 +67,28 @@ class WeightAverage:
             for shard in adam_state.shards(worker.optimizer)
         }
 
-    def update(self) -> float:
-        """One update from the worker's weights, without communication; the decay that it had."""
+    def update(self, model: ShardedModel | None = None) -> float:
+        """One update from the worker's weights, without communication; the decay that it had.
+
+        With a model it is written there as by `write_to`, in the same pass over the shards.
+        """
         decay = self.decay(self.num_updates)
-        self._update(decay)
+        self._update(decay, model)
         return decay
 
-    def refresh(self) -> None:
+    def refresh(self, model: ShardedModel | None = None) -> None:
         """The average becomes a copy of the weights: an update of decay 0."""
-        self._update(0.0)
+        self._update(0.0, model)
 
-    def _update(self, decay: float) -> None:
+    def _update(self, decay: float, model: ShardedModel | None) -> None:
         averages, weights = zip(*self._pairs(), strict=True)
-        ema.ema_update_(averages, weights, decay)
         self.num_updates += 1
+        if model is None:
+            ema.ema_update_(averages, weights, decay)
+            return
+        flat = self._flat(model)
+        ema.ema_update_(averages, weights, decay, copies=self._own(flat))
+        self._complete(model, flat)
 
     def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Average and weights of each shard, where the average is kept."""
@@ -89,19 +99,36 @@ class WeightAverage:
     @torch.no_grad()
     def write_to(self, model: ShardedModel) -> None:
         """Fills a model of the same shape on the same mesh, in its own precision. Collective."""
-        target = {}
+        flat = self._flat(model)
+        for place, (average, _) in zip(self._own(flat), self._pairs(), strict=True):
+            place.copy_(average)
+        self._complete(model, flat)
+
+    def _parameters(self, model: ShardedModel) -> Iterator[tuple[Parameter, Parameter]]:
+        """Each of the worker's, with the model's."""
         for mine, other in zip(self.worker.models, model.models, strict=True):
-            for source, place in zip(mine.buffers(), other.buffers(), strict=True):
-                place.copy_(source)
-            for source, place in zip(mine.parameters(), other.parameters(), strict=True):
-                if source.requires_grad:
-                    target[source] = place
-                else:
-                    place.copy_(source)
+            yield from zip(mine.parameters(), other.parameters(), strict=True)
+
+    def _flat(self, model: ShardedModel) -> dict[Parameter, Tensor]:
+        """All elements of what the model has for each trained parameter of the worker."""
+        return {mine: other.detach().view(-1) for mine, other in self._parameters(model) if mine.requires_grad}
+
+    def _own(self, flat: dict[Parameter, Tensor]) -> list[Tensor]:
+        """Of these the elements whose average is on this rank, in the order of the shards."""
+        return [flat[shard.parameter][shard.start : shard.stop] for shard in adam_state.shards(self.worker.optimizer)]
+
+    @torch.no_grad()
+    def _complete(self, model: ShardedModel, flat: dict[Parameter, Tensor]) -> None:
+        """The model's elements that other ranks hold, and what is not trained."""
         for part in self.worker.optimizer.chained_optimizers:
-            for parameter, whole in adam_state.wholes(part, self.shards.__getitem__):
-                target.pop(parameter).copy_(whole)
-        assert not target, "every trained parameter is in the optimizer"
+            adam_state.complete(part, flat.pop)
+        assert not flat, "every trained parameter is in the optimizer"
+        for mine, other in self._parameters(model):
+            if not mine.requires_grad:
+                other.copy_(mine)
+        for source, place in zip(self.worker.models, model.models, strict=True):
+            for of_source, of_place in zip(source.buffers(), place.buffers(), strict=True):
+                of_place.copy_(of_source)
         model.version = self.num_updates
 
     def distance(self) -> float:

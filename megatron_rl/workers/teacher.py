@@ -62,19 +62,18 @@ class Teacher:
         self.batches += 1
         if self.config.refresh_every and self.batches % self.config.refresh_every == 0:
             assert self.average is not None
-            self.average.refresh()
-            return self._show(0.0)
+            self.average.refresh(self.model)
+            return self._figures(0.0)
         return self._move(TeacherUpdate.rollout)
 
     def _move(self, when: TeacherUpdate) -> dict[str, float]:
         """An averaged teacher's update towards the actor, if this is the time for it."""
         if self.average is None or self.config.mode is not TeacherMode.ema or self.config.every is not when:
             return {}
-        return self._show(self.average.update())
+        return self._figures(self.average.update(self.model))
 
-    def _show(self, decay: float) -> dict[str, float]:
+    def _figures(self, decay: float) -> dict[str, float]:
         assert self.average is not None
-        self.average.write_to(self.model)
         return {"teacher/decay": decay, "teacher/updates": float(self.average.num_updates)}
 
     def identity(self) -> dict[str, Any]:

@@ -116,12 +116,16 @@ def follow_in_bfloat16(model: str, layout: dict) -> tuple[list[dict], list[dict]
     worker = make_worker(model, layout, "bfloat16", lr=1e-5, eps=1e-4, weight_decay=0.0)
     average, masters = WeightAverage(worker, lambda _: 0.9), WeightAverage(worker, lambda _: 0.0)
     history, wide = [weights_of(worker)], [exported(masters)]
+    seen = empty_model(worker, "bfloat16")
     for _ in range(4):
         update(worker)
-        average.update(), masters.update()
+        average.update(seen), masters.update()
+        assert seen.version == average.num_updates
         history.append(weights_of(worker))
         wide.append(exported(masters))
-    return history, wide, exported(average), exported(average, "bfloat16")
+    narrow, at_once = exported(average, "bfloat16"), weights_of(seen)
+    assert narrow.keys() == at_once.keys() and all(torch.equal(at_once[name], narrow[name]) for name in narrow)
+    return history, wide, exported(average), narrow
 
 
 @pytest.mark.parametrize("layout", [pytest.param("tp2pp2", marks=pytest.mark.full), "dp2"])
