@@ -11,6 +11,7 @@ import megatron_rl.parallel.device as device
 from megatron_rl.models.hf_config import Experts, ModelShape, check_layout, layers_on_last_stage
 from megatron_rl.models.hf_map import SCALAR_HEAD, Heads, WeightMap
 from megatron_rl.models.layer_specs import layer_spec
+from megatron_rl.models.transformer_engine import accumulates_weight_gradients
 from megatron_rl.ops.vocab_shard import VocabShard
 from megatron_rl.parallel.mesh import Mesh
 
@@ -115,7 +116,7 @@ def transformer_config(shape: ModelShape, mesh: Mesh, dtype: torch.dtype) -> Tra
         masked_softmax_fusion=on_cuda,
         persist_layer_norm=on_cuda,
         apply_rope_fusion=on_cuda,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=on_cuda and accumulates_weight_gradients(),
         # On gloo a send may still read the output: freeing it gave wrong gradients without an error.
         deallocate_pipeline_outputs=on_cuda,
         batch_p2p_comm=mesh.vpp_size == 1,

@@ -1,7 +1,4 @@
-"""What a transformer layer is built of: Transformer Engine's modules on CUDA, torch's on the CPU.
-
-This is the only file that asks for Transformer Engine.
-"""
+"""What a transformer layer is built of: Transformer Engine's modules on CUDA, torch's on the CPU."""
 
 import megatron_rl.parallel.device as device
 
@@ -14,6 +11,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
+from megatron_rl.models import transformer_engine
 from megatron_rl.models.attention import PackedAttention, RMSNorm
 
 
@@ -39,12 +37,7 @@ def layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> Transf
     """The spec for this machine's device."""
     if device.ON_CPU:
         return local_layer_spec(config, vp_stage)
-    try:
-        import transformer_engine  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            "training on CUDA needs Transformer Engine, which is not installed: pip install 'megatron_rl[gpu]'"
-        ) from error
+    transformer_engine.check()
     return fused_layer_spec(config)
 
 

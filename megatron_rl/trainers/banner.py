@@ -10,6 +10,7 @@ import torch
 
 import megatron_rl
 from megatron_rl.config.rules import Config
+from megatron_rl.models.transformer_engine import WEIGHT_GRADIENTS
 from megatron_rl.parallel import device
 from megatron_rl.parallel.mesh import Mesh
 from megatron_rl.workers.average import WeightAverage
@@ -65,6 +66,7 @@ def _optional() -> dict[str, str]:
     for name, module, package in (
         ("Transformer Engine", "transformer_engine", "transformer-engine"),
         ("apex", "amp_C", "apex"),
+        ("apex's weight gradients", WEIGHT_GRADIENTS, "apex"),
         ("vLLM", "vllm", "vllm"),
     ):
         found[name] = "absent" if importlib.util.find_spec(module) is None else _version(package)

@@ -29,7 +29,7 @@ TOP = len(FLOORS) - 1
 DOORS = {
     "megatron.core": ("parallel", "models", "checkpoint", "workers"),
     "megatron.core.parallel_state": ("parallel.mesh",),
-    "transformer_engine": ("models.layer_specs",),
+    "transformer_engine": ("models.transformer_engine",),
     "vllm": ("rollout.vllm",),
     "triton": ("ops.triton",),
     # No loss, planner or reward knows of ranks; the vocabulary operator does, for its columns are sharded.
@@ -159,7 +159,7 @@ PLANTED = [
     ("data.planner", "import megatron.core", "open to parallel, models, checkpoint, workers only"),
     ("workers.actor", "from megatron.core import parallel_state", "open to parallel.mesh only"),
     ("parallel.schedule", "from megatron.core.parallel_state import is_initialized", "open to parallel.mesh only"),
-    ("models.attention", "import transformer_engine.pytorch as te", "open to models.layer_specs only"),
+    ("models.attention", "import transformer_engine.pytorch as te", "open to models.transformer_engine only"),
     ("rollout.engine", "def f() -> None:\n    from vllm import LLM", "open to rollout.vllm only"),
     ("ops.dispatch", "import triton.language as tl", "open to ops.triton only"),
     ("algorithms.kl", "import torch.distributed as dist", "algorithms.kl imports torch.distributed"),
@@ -190,7 +190,7 @@ ALLOWED = [
     ("data.collate", "import torch\nfrom megatron_rl.data.samples import Sample\nfrom megatron_rl.types import Prompt"),
     ("parallel.mesh", "from megatron.core import parallel_state, tensor_parallel"),
     ("models.families.llama", "from megatron.core.transformer import TransformerConfig"),
-    ("models.layer_specs", "def f() -> None:\n    import transformer_engine"),
+    ("models.transformer_engine", "def f() -> None:\n    import transformer_engine"),
     ("rollout.vllm.engine", "def f() -> None:\n    import vllm"),
     ("ops.triton.linear", "import triton\nimport triton.language as tl"),
     ("ops.dispatch", "from megatron_rl.ops.triton import linear"),
