@@ -1,33 +1,53 @@
-"""Distillation through two streamed lm-heads beside the same loss from whole logits: CPU time and peak memory.
+"""The vocabulary operators beside plain torch and beside their own matrix products: CPU seconds and peak memory.
 
-    OMP_NUM_THREADS=1 python tools/bench_ops.py [--dtype bf16 fp32] [--k 20 100] [--repeats 2]
+    python tools/bench_ops.py [--op sdpo logp] [--dtype bfloat16 float32] [--k 20 100] [--tokens 2048]
 
-`plain` is what one would write in torch: float32 logits of student and teacher, log_softmax, topk, gather. Both are
-forward and backward, to the student's hidden states and lm-head, of SDPO's loss (alpha 0.5, k ids and the tail). Each
-case has a process of its own; its peak is the largest resident size less that with the inputs made, and holds the
-weight's gradient, which every variant needs. The least time of the repeats is quoted. `products` are the five matrix
-products that the streamed case cannot do without. The plain case takes some 6 GiB.
+`sdpo` is the loss of SDPO through two lm-heads (the student's k most likely ids, ties to the smaller id, the exact tail,
+alpha 0.5), `logp` log-probability and entropy through one; forward and backward, to hidden states and lm-head.
+
+The baseline is what one would write in torch: float32 logits, log_softmax, topk and gather, or the entropy; autograd.
+The limit are the matrix products that the operator executed, noted while it ran and executed again by themselves;
+`products` says how many of the head's size they are, and `GEMM peak` what share of the rate of a 1024^3 product the
+operator reaches with them.
+
+Operator, products and baseline take turns. Peaks are of the first call of each: the most that was resident at once,
+less what was with the inputs made. They hold the weight's gradient, which every variant needs. The plain case takes
+some 6 GiB.
 """
 
 import argparse
-import json
-import resource
-import subprocess
-import sys
-import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from megatron_rl.algorithms.distill import buckets, divergence
+from megatron_rl.bench.measuring import gemm_rate, peak_of, resident, take_turns
+from megatron_rl.bench.products import Products
+from megatron_rl.bench.rows import Row
+from megatron_rl.bench.script import main, parser_of
 from megatron_rl.ops.divergence import Head, paired_stats
+from megatron_rl.ops.linear_stats import linear_stats
 from megatron_rl.ops.vocab_shard import VocabShard
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-ALPHA = 0.5
+ALPHA, ENTROPY_BONUS = 0.5, 0.01
+# Upper bounds: of the time over that of the products, and of the peak over plain torch's.
+WANTED = {
+    ("sdpo", "bfloat16"): {"x products": 1.8, "x plain peak": 1 / 20},
+    ("sdpo", "float32"): {"x products": 1.3},
+    ("logp", "bfloat16"): {"x products": 2.0, "x plain peak": 1 / 20},
+}
 
 
-def heads(tokens: int, hidden: int, vocab: int, dtype: torch.dtype) -> tuple[Head, Head]:
+class Inputs(NamedTuple):
+    student: Head
+    teacher: Head
+    labels: Tensor
+
+
+def make_inputs(tokens: int, hidden: int, vocab: int, dtype: torch.dtype) -> Inputs:
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int, std: float) -> Tensor:
@@ -36,97 +56,101 @@ def heads(tokens: int, hidden: int, vocab: int, dtype: torch.dtype) -> tuple[Hea
     student = Head(draw(tokens, hidden, std=1).requires_grad_(), draw(vocab, hidden, std=2 / hidden**0.5))
     teacher = Head(draw(tokens, hidden, std=0.3).add_(student.hidden.detach()), student.weight.clone())
     student.weight.requires_grad_()
-    return student, teacher
+    return Inputs(student, teacher, torch.randint(vocab, (tokens,), generator=generator))
 
 
-def plain(student: Head, teacher: Head, k: int) -> Tensor:
-    student_logits = (student.hidden @ student.weight.t()).float()
-    student_logp = student_logits.log_softmax(-1)
-    s, ids = student_logp.topk(k, -1)
-    with torch.no_grad():
-        teacher_logits = (teacher.hidden @ teacher.weight.t()).float()
-        teacher_logp = teacher_logits.log_softmax(-1)
-        t = teacher_logp.gather(1, ids)
-    return divergence(*(buckets(x, x[:, 0], "clamped") for x in (s, t)), ALPHA)
-
-
-def streamed(student: Head, teacher: Head, k: int) -> Tensor:
-    labels = torch.zeros(len(student.hidden), dtype=torch.int64)
-    shard = VocabShard(0, len(student.weight))
-    pair = paired_stats(student, teacher, labels, support="student", k=k, shard=shard, figures=False)
+def sdpo(inputs: Inputs, k: int) -> Tensor:
+    shard = VocabShard(0, len(inputs.student.weight))
+    pair = paired_stats(
+        inputs.student, inputs.teacher, inputs.labels, support="student", k=k, shard=shard, figures=False
+    )
     s, t = (buckets(x.topk_logp, x.tail_logp, "exact") for x in pair)  # type: ignore[arg-type]
-    return divergence(s, t, ALPHA)
+    return divergence(s, t, ALPHA).mean()
 
 
-def products(student: Head, teacher: Head, k: int) -> Tensor:
-    """The matrix products of `streamed` and nothing else: two forward, one again, two backward."""
-    hidden, weight = student.hidden.detach(), student.weight.detach()
-    grad_weight = torch.empty_like(weight)
-    for start in range(0, len(weight), 1024):
-        rows = slice(start, start + 1024)
-        logits = hidden @ weight[rows].t()
-        torch.mm(teacher.hidden, teacher.weight[rows].t(), out=logits)
-        torch.mm(hidden, weight[rows].t(), out=logits)
-        torch.mm(logits.t(), hidden, out=grad_weight[rows])
-        logits @ weight[rows]
-    return torch.zeros(1, requires_grad=True)
+def plain_sdpo(inputs: Inputs, k: int) -> Tensor:
+    student, teacher, _ = inputs
+    s, ids = (student.hidden @ student.weight.t()).float().log_softmax(-1).topk(k, -1)
+    with torch.no_grad():
+        t = (teacher.hidden @ teacher.weight.t()).float().log_softmax(-1).gather(1, ids)
+    return divergence(*(buckets(x, x[:, 0], "clamped") for x in (s, t)), ALPHA).mean()
 
 
-CASES = {"plain": plain, "streamed": streamed, "products": products}
+def logp(inputs: Inputs, k: int) -> Tensor:
+    student, _, labels = inputs
+    stats = linear_stats(student.hidden, student.weight, labels, shard=VocabShard(0, len(student.weight)))
+    assert stats.entropy is not None
+    return (-stats.logp - ENTROPY_BONUS * stats.entropy).mean()
 
 
-def measure(options: argparse.Namespace) -> dict[str, float]:
-    torch.set_num_threads(1)
-    student, teacher = heads(options.tokens, options.hidden, options.vocab, DTYPES[options.dtype[0]])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    times = []
-    for _ in range(options.repeats):
-        student.hidden.grad = student.weight.grad = None
-        start = time.process_time()
-        loss = CASES[options.case](student, teacher, options.k[0])
-        loss.mean().backward()
-        times.append(time.process_time() - start)
-    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    return {"seconds": min(times), "mib": peak, "loss": loss.mean().item()}
+def plain_logp(inputs: Inputs, k: int) -> Tensor:
+    student, _, labels = inputs
+    logp = (student.hidden @ student.weight.t()).float().log_softmax(-1)
+    entropy = -(logp.exp() * logp).sum(-1)
+    return (-logp.gather(1, labels[:, None])[:, 0] - ENTROPY_BONUS * entropy).mean()
 
 
-def child(case: str, dtype: str, k: int, options: argparse.Namespace) -> dict[str, float]:
-    sizes = [f"--{name}={getattr(options, name)}" for name in ("tokens", "hidden", "vocab", "repeats")]
-    command = [sys.executable, __file__, f"--case={case}", f"--dtype={dtype}", f"--k={k}", *sizes]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+OPS = {"sdpo": (sdpo, plain_sdpo), "logp": (logp, plain_logp)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--k", type=int, nargs="+", default=[20, 100])
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--vocab", type=int, default=151936)
-    parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--case", choices=CASES, help="one case only, in this process")
-    options = parser.parse_args()
-    if options.case:
-        print(json.dumps(measure(options)))
-        return
-    columns = ("plain s", "streamed s", "ratio", "products s", "plain MiB", "streamed MiB", "ratio", "losses")
-    print("dtype   k " + " ".join(f"{column:>12}" for column in columns))
-    for dtype in options.dtype:
-        for k in options.k:
-            slow, fast, floor = (child(case, dtype, k, options) for case in CASES)
-            numbers = [
-                f"{slow['seconds']:.2f}",
-                f"{fast['seconds']:.2f}",
-                f"{fast['seconds'] / slow['seconds']:.2f}",
-                f"{floor['seconds']:.2f}",
-                f"{slow['mib']:.0f}",
-                f"{fast['mib']:.0f}",
-                f"1/{slow['mib'] / fast['mib']:.1f}",
-                f"{slow['loss']:.6f}",
-                f"{fast['loss']:.6f}",
-            ]
-            print(f"{dtype:5} {k:3d} " + " ".join(f"{number:>12}" for number in numbers), flush=True)
+def both_ways(loss: Callable[[Inputs, int], Tensor], inputs: Inputs, k: int) -> float:
+    """The loss; its gradients take the place of earlier ones."""
+    inputs.student.hidden.grad = inputs.student.weight.grad = None
+    value = loss(inputs, k)
+    value.backward()
+    return value.item()
+
+
+def compare(op: str, dtype: str, k: int, options: argparse.Namespace) -> Row:
+    tokens, hidden, vocab = options.tokens, options.hidden, options.vocab
+    inputs = make_inputs(tokens, hidden, vocab, getattr(torch, dtype))
+    start, losses, peaks = resident(), [], []
+    here, plain = (partial(both_ways, loss, inputs, k) for loss in OPS[op])
+    for side in (here, plain):
+        peaks.append(peak_of(lambda side=side: losses.append(side())) - start)  # type: ignore[misc]
+    assert abs(losses[0] / losses[1] - 1) < 0.02, losses
+    products = Products()
+    with products:
+        here()
+    products()
+    rate = gemm_rate(getattr(torch, dtype))
+    turns = take_turns({"here": here, "products": products, "plain": plain}, options.repeats)
+    whole = products.flops / (2 * tokens * hidden * vocab)
+    return Row(
+        bench="ops",
+        case=f"{op} {dtype} {tokens}x{hidden}x{vocab}{f' k{k}' if op == 'sdpo' else ''}",
+        times=turns.seconds["here"],
+        baseline="plain torch",
+        ratio=turns.ratio("here", "plain"),
+        limit=f"its {whole:.2g} products",
+        share=turns.ratio("products", "here"),
+        figures={
+            "x products": turns.ratio("here", "products"),
+            "products": whole,
+            "calls of them": len(products),
+            "GEMM peak": products.flops / (turns.median("here") * rate),
+            "plain s": turns.median("plain"),
+            "peak MiB": peaks[0] / 2**20,
+            "plain peak MiB": peaks[1] / 2**20,
+            "x plain peak": peaks[0] / peaks[1],
+        },
+        wanted=WANTED.get((op, dtype), {}),
+    )
+
+
+def measure(options: argparse.Namespace) -> Iterator[Row]:
+    for op in options.op:
+        for dtype in options.dtype:
+            for k in options.k if op == "sdpo" else [0]:
+                yield compare(op, dtype, k, options)
 
 
 if __name__ == "__main__":
-    main()
+    parser = parser_of(__doc__)
+    parser.add_argument("--op", nargs="+", choices=OPS, default=list(OPS))
+    parser.add_argument("--dtype", nargs="+", choices=("bfloat16", "float32"), default=["bfloat16", "float32"])
+    parser.add_argument("--k", type=int, nargs="+", default=[20])
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--vocab", type=int, default=151936)
+    main("ops", parser, measure, quick={"tokens": 256, "hidden": 64, "vocab": 16384, "repeats": 3})

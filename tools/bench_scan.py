@@ -1,21 +1,26 @@
-"""The scan along packed sequences beside loops over the tokens: CPU time, and error against a loop in float64.
+"""The scan along packed sequences, and means over them, beside loops: CPU seconds, and the error against float64.
 
-    OMP_NUM_THREADS=1 python tools/bench_scan.py [--beta 0.1 0.9] [--rows 1 8] [--length 32768] [--repeats 5]
+    python tools/bench_scan.py [--beta 0.1 0.9] [--rows 1 8] [--length 32768]
 
-`rows` sequences of `length` tokens each. `loop` is the recurrence as one would write it in torch, one step for all rows
-at a time. `floats` takes one token after the other as a Python number: fast for one row, but with no gradient, and not
-where the tensor is. The least of the repeats is quoted, of the scan with its backward pass too.
+`rows` sequences of `length` tokens each. The baseline is the recurrence as one would write it in torch, one step for
+all rows at a time. `floats` takes one token after the other as a Python number: fast for one row, but with no gradient,
+and not where the tensor is. The limit is a copy of the bytes of input and output.
 """
 
 import argparse
-import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from megatron_rl.bench.measuring import take_turns
+from megatron_rl.bench.rows import Row
+from megatron_rl.bench.script import main, parser_of
 from megatron_rl.ops.scan import exponential_average
+from megatron_rl.ops.segments import segment_mean
+
+CALLS = 10  # of what takes a millisecond, in a turn
+SEGMENT = 512
 
 
 def loop(weights: Tensor, beta: float) -> Tensor:
@@ -39,43 +44,78 @@ def floats(weights: Tensor, beta: float) -> Tensor:
     return torch.tensor(rows)
 
 
-def seconds(function: Callable[[], object], repeats: int) -> float:
-    times = []
-    for _ in range(repeats):
-        start = time.process_time()
-        function()
-        times.append(time.process_time() - start)
-    return min(times)
-
-
-def measure(rows: int, length: int, beta: float, repeats: int) -> str:
+def scan(rows: int, length: int, beta: float, repeats: int) -> Row:
     weights = (0.3 * torch.randn(rows, length, generator=torch.Generator().manual_seed(0))).exp()
     flat, ids = weights.reshape(-1), torch.arange(rows).repeat_interleave(length)
-    leaf = flat.clone().requires_grad_()
-
-    def both_ways() -> None:
-        exponential_average(leaf, ids, beta=beta).sum().backward()
-
+    leaf, target = flat.clone().requires_grad_(), torch.empty_like(flat)
     exact = loop(weights.double(), beta).reshape(-1)
     error = ((exponential_average(flat, ids, beta=beta).double() - exact) / exact).abs().max().item()
-    scan = seconds(lambda: exponential_average(flat, ids, beta=beta), 10 * repeats)
-    slow = [seconds(partial(function, weights, beta), repeats) for function in (loop, floats)]
-    columns = [f"{1e3 * value:9.2f}" for value in (scan, seconds(both_ways, 10 * repeats), *slow)]
-    return " ".join([f"{rows:4d} {beta:5.2f} {error:9.1e}", *columns, *(f"{value / scan:8.0f}" for value in slow)])
+    assert error < 1e-4, error
+    sides = {
+        "scan": lambda: exponential_average(flat, ids, beta=beta),
+        "both ways": lambda: exponential_average(leaf, ids, beta=beta).sum().backward(),
+        "loop": lambda: loop(weights, beta),
+        "floats": lambda: floats(weights, beta),
+        "copy": lambda: target.copy_(flat),
+    }
+    turns = take_turns(sides, repeats, calls=dict.fromkeys(("scan", "both ways", "copy"), CALLS))
+    return Row(
+        bench="scan",
+        case=f"scan [{rows}, {length}] beta {beta:g}",
+        times=turns.seconds["scan"],
+        baseline="loop over tokens",
+        ratio=turns.ratio("scan", "loop"),
+        limit="copy of the bytes",
+        share=turns.ratio("copy", "scan"),
+        figures={
+            "times as fast": 1 / turns.ratio("scan", "loop"),
+            "times as fast as floats": 1 / turns.ratio("scan", "floats"),
+            "ms with backward": 1e3 * turns.median("both ways"),
+            "relative error": error,
+        },
+        wanted={"ratio": 1 / 50},
+    )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--beta", type=float, nargs="+", default=[0.01, 0.1, 0.5, 0.9, 0.99])
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--length", type=int, default=32768)
-    parser.add_argument("--repeats", type=int, default=5)
-    options = parser.parse_args()
-    print("rows  beta     error   scan ms   both ms   loop ms floats ms  x loop x floats")
+def mean(rows: int, length: int, repeats: int) -> Row:
+    """Of `rows` x `length` tokens in segments, three quarters of which count."""
+    values = torch.randn(rows * length, generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(len(values)) % 4 > 0
+    bounds = torch.arange(0, len(values) + 1, SEGMENT)
+    pieces = list(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True))
+    target = torch.empty_like(values)
+
+    def one_by_one() -> Tensor:
+        return torch.stack([values[a:b][mask[a:b]].mean() for a, b in pieces])
+
+    torch.testing.assert_close(segment_mean(values, mask, bounds), one_by_one())
+    sides = {
+        "mean": lambda: segment_mean(values, mask, bounds),
+        "loop": one_by_one,
+        "copy": lambda: target.copy_(values),
+    }
+    turns = take_turns(sides, repeats, calls={"mean": CALLS, "copy": CALLS})
+    return Row(
+        bench="scan",
+        case=f"segment mean, {len(pieces)} of {SEGMENT}",
+        times=turns.seconds["mean"],
+        baseline="loop over segments",
+        ratio=turns.ratio("mean", "loop"),
+        limit="copy of the values",
+        share=turns.ratio("copy", "mean"),
+    )
+
+
+def measure(options: argparse.Namespace) -> Iterator[Row]:
     for rows in options.rows:
         for beta in options.beta:
-            print(measure(rows, options.length, beta, options.repeats), flush=True)
+            yield scan(rows, options.length, beta, options.repeats)
+    yield mean(max(options.rows), options.length, options.repeats)
 
 
 if __name__ == "__main__":
-    main()
+    parser = parser_of(__doc__)
+    parser.add_argument("--beta", type=float, nargs="+", default=[0.01, 0.1, 0.5, 0.9, 0.99])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--length", type=int, default=32768)
+    main("scan", parser, measure, quick={"beta": [0.1], "rows": [8], "repeats": 3})
