@@ -1,11 +1,11 @@
-"""Time and memory of conversions beside a plain copy of the same bytes, as a table.
+"""Time and memory of conversions beside a plain copy of the same bytes.
 
-    python tools/bench_convert.py --size 1GB --max-memory 300MB --rounds 3 --out docs/results/convert/bench.csv
+    python tools/bench_convert.py --size 1GB --max-memory 300MB --repeats 5 --out docs/results/convert/bench.csv
 
 A model of random numbers is imported (TP2, PP2), exported and resharded, each time between two copies of its files.
 Both sides sync what they write to the disk. The memory is the process's resident set at its peak, mapped files
 included, less what it was when the libraries were loaded, which the time is without. `load` is the load average over
-five minutes: beside other work the processor seconds say more than the time.
+five minutes: beside other work the processor seconds say more than the time. The limit is a copy from memory to memory.
 """
 
 import argparse
@@ -19,11 +19,30 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_rl.bench.measuring import copy_rate
+from megatron_rl.bench.rows import Row
+from megatron_rl.bench.script import main, parser_of
 from megatron_rl.convert.memory import size
+
+COLUMNS = (
+    "family",
+    "verb",
+    "bytes",
+    "max_memory",
+    "rounds",
+    "seconds",
+    "copy_seconds",
+    "speed_of_copy",
+    "cpu_seconds",
+    "copy_cpu_seconds",
+    "peak_above_start",
+    "interpreter",
+    "load",
+)
 
 CODE = """
 import contextlib, io, json, resource, shutil, sys, time
@@ -133,7 +152,7 @@ def convert(source: Path, place: Path, verbs: list[list[str]], rounds: int) -> d
 
 
 def measure(nbytes: int, max_memory: str, rounds: int, family: str, place: Path) -> list[dict[str, Any]]:
-    """A row per verb: medians over the rounds, and the highest peak."""
+    """Per verb: `COLUMNS`, medians over the rounds, and the highest peak; each round's seconds."""
     source = place / "source"
     make_model(source, nbytes, family)
     layout = ["--tp", "2", "--pp", "2", *(["--ep", "2"] if family == "qwen3_moe" else [])]
@@ -159,6 +178,8 @@ def measure(nbytes: int, max_memory: str, rounds: int, family: str, place: Path)
             "peak_above_start": max(row["peak"] for row in rows),
             "interpreter": max(row["before"] for row in rows),
             "load": round(os.getloadavg()[1], 1),
+            "times": tuple(row["seconds"] for row in rows),
+            "ratio": statistics.median(row["seconds"] / row["copy"] for row in rows),
         }
         for verb, rows in found.items()
     ]
@@ -168,31 +189,48 @@ def median(values: Iterable[float]) -> float:
     return round(statistics.median(values), 3)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="1GB")
-    parser.add_argument("--max-memory", default="300MB")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--family", choices=("llama", "qwen3_moe"), default="llama")
-    parser.add_argument("--out", type=Path, help="a CSV file that the rows are appended to")
-    options = parser.parse_args()
-    place = Path(tempfile.mkdtemp(prefix="bench_convert"))
-    try:
-        rows = measure(size(options.size), options.max_memory, options.rounds, options.family, place)
-    finally:
-        shutil.rmtree(place)
-    for row in rows:
-        print(row)
-    if options.out is not None:
-        stamped = [{"date": time.strftime("%Y-%m-%d"), **row} for row in rows]
-        new = not options.out.exists()
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        with options.out.open("a", newline="") as file:
-            writer = csv.DictWriter(file, list(stamped[0]), lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerows(stamped)
+def row_of(found: dict[str, Any], rate: float) -> Row:
+    return Row(
+        bench="convert",
+        case=f"{found['family']} {found['verb']}, {found['bytes'] / 1e6:.0f} MB",
+        times=found["times"],
+        clock="wall",
+        baseline="copy of the files",
+        ratio=found["ratio"],
+        limit="copy bandwidth",
+        share=2 * found["bytes"] / rate / found["seconds"],
+        figures={
+            "peak MB": found["peak_above_start"] / 1e6,
+            "CPU s": found["cpu_seconds"],
+            "copy's CPU s": found["copy_cpu_seconds"],
+        },
+    )
+
+
+def append(rows: Iterable[dict[str, Any]], path: Path) -> None:
+    new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, ["date", *COLUMNS], lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows({"date": time.strftime("%Y-%m-%d"), **{name: row[name] for name in COLUMNS}} for row in rows)
+
+
+def rows(options: argparse.Namespace) -> Iterator[Row]:
+    rate = copy_rate(clock="wall")
+    for family in options.family:
+        with tempfile.TemporaryDirectory(prefix="bench_convert") as place:
+            found = measure(size(options.size), options.max_memory, options.repeats, family, Path(place))
+        if options.out is not None:
+            append(found, options.out)
+        yield from (row_of(verb, rate) for verb in found)
 
 
 if __name__ == "__main__":
-    main()
+    parser = parser_of(__doc__)
+    parser.add_argument("--size", default="1GB")
+    parser.add_argument("--max-memory", default="300MB")
+    parser.add_argument("--family", nargs="+", choices=("llama", "qwen3_moe"), default=["llama", "qwen3_moe"])
+    parser.add_argument("--out", type=Path, help="a CSV file that the figures are appended to")
+    main("convert", parser, rows, quick={"size": "200MB", "family": ["llama"], "repeats": 3})

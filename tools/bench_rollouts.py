@@ -1,164 +1,152 @@
-"""Tokens per second of answers by vLLM beside transformers, and the seconds of a weight update beside its bytes.
+"""Seconds per token of answers: the `hf` engine beside transformers' `generate`, and vLLM beside the `hf` engine.
 
-    OMP_NUM_THREADS=1 python tools/bench_rollouts.py [--size 8m 50m 150m] [--dtype float32 bfloat16] [--repeats 3]
-                                                     [--updates-only]
+    python tools/bench_rollouts.py [--size 8m 50m 150m] [--dtype float32 bfloat16]
 
-Needs vLLM. Both engines run in this process, one thread each, and take turns with the same 16 prompts of 32 tokens,
-eight answers each. The model has random weights, and one in 64 tokens of its vocabulary ends an answer, so that
-lengths are mixed: about geometric with a mean of 64, cut off at 256. Each engine draws its own; only tokens of answers
-count. Both return the log-probability of every token. A server on this host takes the same weights through shared
-memory; its update is timed from the trainer's side, with the pause and everything else.
+All are in this process, on one thread, and take turns with the same 16 prompts of 32 tokens, eight answers each. The
+model has random weights, and one in 64 tokens of its vocabulary ends an answer, so that lengths are mixed: about
+geometric with a mean of 64, cut off at 256. Each side draws its own; only tokens of answers count. The engines return
+the log-probability of every token, which plain `generate` does not. Both `hf` and plain are CPU seconds; with vLLM,
+where it can be imported, the clock is that on the wall.
+
+The limit is the GEMM rate of this process in the same dtype, for 2 FLOPs per parameter (without the input embedding) and
+token of a prompt or an answer.
 """
 
 import argparse
-import statistics
+import importlib.util
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from statistics import median
+from typing import Any
 
 import torch
-import torch.distributed as dist
-from tokenizers import Tokenizer, models
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from megatron_rl.bench.measuring import gemm_rate, timed
+from megatron_rl.bench.models import SIZES, dense_parameters, make_llama
+from megatron_rl.bench.rows import Clock, Row
+from megatron_rl.bench.script import main, parser_of
+from megatron_rl.data.tokenizer import load_tokenizer
+from megatron_rl.parallel.mesh import create_mesh, destroy_mesh
 from megatron_rl.rollout.engine import Engine, Sampling
 from megatron_rl.rollout.hf_engine import HFEngine
 from megatron_rl.rollout.vllm.engine import VLLMEngine
-from megatron_rl.rollout.vllm.options import engine_options
-from megatron_rl.rollout.vllm.served import ServedEngine
-from megatron_rl.rollout.vllm.server import Launch
 from megatron_rl.types import Prompt
 
-SHAPES = {
-    "8m": {"hidden_size": 256, "num_hidden_layers": 8, "intermediate_size": 704, "vocab_size": 4096},
-    "50m": {"hidden_size": 512, "num_hidden_layers": 12, "intermediate_size": 1408, "vocab_size": 8192},
-    "150m": {"hidden_size": 768, "num_hidden_layers": 18, "intermediate_size": 2048, "vocab_size": 16384},
-}
-PROMPTS, PROMPT_TOKENS, GROUP, LONGEST, MEAN = 16, 32, 8, 256, 64
+PROMPT_TOKENS, GROUP, MEAN = 32, 8, 64
+Draw = Callable[[], float]  # returns how many tokens the answers have
 
 
-class Timing(NamedTuple):
-    """`amount` per second of wall clock and of this process's CPU."""
+def by_engine(engine: Engine, ids: torch.Tensor, longest: int) -> Draw:
+    prompts = [Prompt(index=i, text="", token_ids=tuple(row)) for i, row in enumerate(ids.tolist())]
+    calls = 0
 
-    wall: float
-    cpu: float
-
-
-def make_model(folder: Path, size: str) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    heads = SHAPES[size]["hidden_size"] // 64
-    config = LlamaConfig(**SHAPES[size], num_attention_heads=heads, num_key_value_heads=heads, bos_token_id=0)
-    model = LlamaForCausalLM(config)
-    model.save_pretrained(folder)
-    words = {f"w{i}": i for i in range(config.vocab_size)}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")))
-    tokenizer.save_pretrained(folder)
-    return model
-
-
-def timed(work: Callable[[], float]) -> Timing:
-    """`work` returns what it did."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    amount = work()
-    return Timing(amount / (time.perf_counter() - wall), amount / (time.process_time() - cpu))
-
-
-def answering(engine: Engine, vocabulary: int, repeat: int) -> Callable[[], float]:
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, vocabulary, (PROMPTS, PROMPT_TOKENS), generator=generator).tolist()
-    prompts = [Prompt(index=i, text="", token_ids=tuple(row)) for i, row in enumerate(ids)]
-    sampling = Sampling(group_size=GROUP, max_new_tokens=LONGEST, temperature=1.0, seed=repeat, stream=(0, repeat))
-
-    def work() -> float:
+    def draw() -> float:
+        nonlocal calls
+        calls += 1
+        sampling = Sampling(group_size=GROUP, max_new_tokens=longest, temperature=1.0, seed=calls, stream=(0, calls))
         groups = engine.generate(prompts, sampling)
         return sum(len(rollout.token_ids) for group in groups for rollout in group.rollouts)
 
-    return work
+    return draw
 
 
-def updating(engine: Engine, weights: dict[str, torch.Tensor], version: int) -> float:
-    start = time.perf_counter()
-    engine.load_weights(iter(weights.items()), version)
-    return time.perf_counter() - start
+def by_generate(model: Any, ids: torch.Tensor, longest: int, stop: Sequence[int]) -> Draw:
+    ends = torch.tensor(stop)
+
+    def draw() -> float:
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=True,
+            top_k=0,
+            num_return_sequences=GROUP,
+            max_new_tokens=longest,
+            eos_token_id=list(stop),
+            pad_token_id=0,
+        )[:, PROMPT_TOKENS:]
+        ended = torch.isin(output, ends).int().cumsum(1)
+        return float((ended - torch.isin(output, ends).int() == 0).sum())
+
+    return draw
 
 
-def median(timings: list[Timing]) -> Timing:
-    return Timing(*(statistics.median(values) for values in zip(*timings)))
+def turns_of(sides: Mapping[str, Draw], repeats: int, clock: Clock) -> dict[str, list[float]]:
+    """Seconds per token of an answer, after a first call that is not counted."""
+    found: dict[str, list[float]] = {name: [] for name in sides}
+    for repeat in range(repeats + 1):
+        for name, draw in sides.items():
+            drawn: list[float] = []
+            seconds = timed(lambda draw=draw, drawn=drawn: drawn.append(draw()), clock=clock)  # type: ignore[misc]
+            if repeat:
+                found[name].append(seconds / drawn[0])
+    return found
 
 
-def bench(size: str, dtype: torch.dtype, repeats: int, folder: Path, *, answers: bool) -> tuple[str, str]:
-    """A row of each table."""
-    model = make_model(folder, size)
-    tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(folder)
-    vocabulary = SHAPES[size]["vocab_size"]
-    most = PROMPTS * GROUP
-    common: dict[str, Any] = {"dtype": dtype, "stop": tuple(range(0, vocabulary, MEAN)), "max_sequences": most}
-    longest, name = PROMPT_TOKENS + LONGEST, str(dtype).removeprefix("torch.")
-    options = engine_options(folder, dtype=dtype, max_sequences=most, max_tokens=longest, kv_cache_gb=1.0, tp=1)
-    launch = Launch(options=options, host="127.0.0.1", python=None, gpus=(), log=folder / "server.log")
-    times = {"start_timeout_s": 600.0, "timeout_s": 120.0}
-    engines: dict[str, Engine] = {
-        "transformers": HFEngine(folder, tokenizer, pad=0, **common),
-        "vLLM": VLLMEngine(folder, tokenizer, tied=False, max_tokens=longest, kv_cache_gb=1.0, **common),
-        "server": ServedEngine(tokenizer, tied=False, servers=[launch], exchange=None, restarts=0, **times, **common),
-    }
-    answering_engines = [engines["transformers"], engines["vLLM"]] if answers else []
-    weights = dict(model.state_dict())
-    rates: dict[Engine, list[Timing]] = {engine: [] for engine in answering_engines}
-    seconds: dict[str, list[float]] = {label: [] for label in engines}
+def compare(sides: Mapping[str, Draw], case: str, model: Any, options: argparse.Namespace, clock: Clock) -> Row:
+    """The first side beside the second."""
+    rate = gemm_rate(model.dtype, clock=clock)
+    found = turns_of(sides, options.repeats, clock)
+    ours, baseline = sides
+    ratio = median(a / b for a, b in zip(found[ours], found[baseline], strict=True))
+    work = 2 * dense_parameters(model) * (1 + PROMPT_TOKENS / MEAN)
+    return Row(
+        bench="rollout",
+        case=f"{case} {ours}, per token",
+        times=tuple(found[ours]),
+        clock=clock,
+        baseline=baseline,
+        ratio=ratio,
+        limit="GEMM peak",
+        share=work / (median(found[ours]) * rate),
+        figures={
+            "tokens/s": 1 / median(found[ours]),
+            "baseline tokens/s": 1 / median(found[baseline]),
+            "times as fast": 1 / ratio,
+        },
+    )
+
+
+def rows_of(size: str, dtype: torch.dtype, folder: Path, options: argparse.Namespace) -> Iterator[Row]:
+    model = make_llama(folder, size, dtype, mean_answer=MEAN).eval()
+    tokenizer, vocabulary = load_tokenizer(str(folder)), SIZES[size]["vocab_size"]
+    stop = tuple(range(0, vocabulary, MEAN))
+    ids = torch.randint(1, vocabulary, (options.prompts, PROMPT_TOKENS), generator=torch.Generator().manual_seed(1))
+    common: dict[str, Any] = {"dtype": dtype, "stop": stop, "max_sequences": options.prompts * GROUP}
+    hf = HFEngine(folder, tokenizer, pad=0, **common)
+    hf.load_weights(iter(model.state_dict().items()), 0)
+    case = f"{size} {str(dtype).removeprefix('torch.')}"
+    answers = by_engine(hf, ids, options.longest)
+    plain = by_generate(model, ids, options.longest, stop)
+    yield compare({"hf engine": answers, "plain generate": plain}, case, model, options, "cpu")
+    if importlib.util.find_spec("vllm") is None:
+        print("    vLLM cannot be imported here: its engine is left out")
+        return
+    vllm = VLLMEngine(
+        folder, tokenizer, tied=False, max_tokens=PROMPT_TOKENS + options.longest, kv_cache_gb=1.0, **common
+    )
     try:
-        for engine in engines.values():
-            updating(engine, weights, 0)
-        for engine in answering_engines:
-            timed(answering(engine, vocabulary, 0))  # warm
-        for repeat in range(1, repeats + 1):
-            for engine in answering_engines:
-                rates[engine].append(timed(answering(engine, vocabulary, repeat)))
-            for label, engine in engines.items():
-                seconds[label].append(updating(engine, weights, repeat))
+        vllm.load_weights(iter(model.state_dict().items()), 0)
+        sides = {"vLLM": by_engine(vllm, ids, options.longest), "hf engine": answers}
+        yield compare(sides, case, model, options, "wall")
     finally:
-        for engine in engines.values():
-            engine.close()
-    row = ""
-    if answers:
-        plain, fast = (median(rates[engine]) for engine in answering_engines)
-        row = f"| {size.upper()} | {name} | {fast.wall:,.0f} | {plain.wall:,.0f} | {fast.wall / plain.wall:.2f} "
-        row += f"| {fast.cpu / plain.cpu:.2f} |"
-    mib = sum(tensor.numel() for tensor in weights.values()) * dtype.itemsize / 2**20
-    cells = " | ".join(f"{statistics.median(values) * 1e3:.0f}" for values in seconds.values())
-    return row, f"| {size.upper()} | {name} | {mib:.0f} | {cells} |"
+        vllm.close()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", nargs="+", choices=SHAPES, default=["8m", "50m"])
-    parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--updates-only", action="store_true")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    answers = ["| model | dtype | vLLM, tokens/s | transformers, tokens/s | ratio | ratio in CPU seconds |"]
-    updates = ["| model | dtype | MiB | transformers, ms | vLLM in process, ms | vLLM server, ms |"]
-    answers.append("|---|---|---|---|---|---|")
-    updates.append("|---|---|---|---|---|---|")
-    for size in arguments.size:
-        for dtype in arguments.dtype:
+def measure(options: argparse.Namespace) -> Iterator[Row]:
+    create_mesh()
+    for size in options.size:
+        for dtype in options.dtype:
             with tempfile.TemporaryDirectory() as folder:
-                answer, update = bench(
-                    size,
-                    getattr(torch, dtype),
-                    arguments.repeats,
-                    Path(folder),
-                    answers=not arguments.updates_only,
-                )
-            answers.append(answer)
-            updates.append(update)
-            print(answer, update, sep="\n", flush=True)
-    print("\n".join(["", *([] if arguments.updates_only else answers), "", *updates]))
+                yield from rows_of(size, getattr(torch, dtype), Path(folder), options)
+    destroy_mesh()
 
 
 if __name__ == "__main__":
-    main()
+    parser = parser_of(__doc__)
+    parser.add_argument("--size", nargs="+", choices=SIZES, default=["8m", "50m"])
+    parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--longest", type=int, default=256, metavar="TOKENS", help="an answer is cut off there")
+    small = {"size": ["1m"], "dtype": ["float32"], "prompts": 4, "longest": 64, "repeats": 3}
+    main("rollout", parser, measure, quick=small)

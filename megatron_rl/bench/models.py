@@ -21,7 +21,9 @@ def make_llama(folder: Path, size: str, dtype: torch.dtype = torch.float32, *, m
     # Imported late: not every measurement needs a model.
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     vocabulary = SIZES[size]["vocab_size"]
     ends = list(range(0, vocabulary, mean_answer)) if mean_answer else [0]
     config = LlamaConfig(
