@@ -1,6 +1,6 @@
 """The command line: `megatron-rl train|check|verify CONFIG [a.b=c ...]`, `megatron-rl eval MODEL [DATA] [a.b=c ...]`,
 `megatron-rl report RUN [OTHER]`, `megatron-rl slurm CONFIG [a.b=c ...] --nodes N`,
-`megatron-rl convert plan|import|export|verify|inspect|diff|reshard ...`."""
+`megatron-rl convert plan|import|export|verify|inspect|diff|reshard ...`, `megatron-rl bench [NAME ...]`."""
 
 import argparse
 import sys
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_rl import __version__
+from megatron_rl.bench import command as bench
 from megatron_rl.config.load import Loaded, load, of_trainer
 from megatron_rl.config.rules import Config, ConfigError
 from megatron_rl.config.schema import EvaluationConfig
@@ -23,6 +24,7 @@ VERBS = {
     "report": "say what is wrong with a run, with its curves, or hold two runs against each other",
     "slurm": "write the scripts of a job for a Slurm cluster, and submit them",
     "convert": "checkpoints from and to Hugging Face's format, or for another layout",
+    "bench": "measure this machine's CPU, every case beside a baseline and a limit",
 }
 
 
@@ -31,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] == ["slurm"]:
         return to_slurm(arguments[1:])
+    if arguments[:1] == ["bench"]:
+        return to_bench(arguments[1:])
     parser = argparse.ArgumentParser(prog="megatron-rl", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="|".join(VERBS))
@@ -137,6 +141,14 @@ def to_slurm(arguments: Sequence[str]) -> int:
     except ValueError as error:
         return mistake(error)
     return 0
+
+
+def to_bench(arguments: Sequence[str]) -> int:
+    """Measures; the exit code. Names and options may stand in any order."""
+    try:
+        return bench.bench(bench.parser().parse_intermixed_args(arguments))
+    except ValueError as error:
+        return mistake(error)
 
 
 def convert_with(options: argparse.Namespace) -> int:

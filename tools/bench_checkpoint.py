@@ -3,9 +3,9 @@
     python tools/bench_checkpoint.py [--parameters 17]
 
 A save ends when the disk has the bytes (fsync), their hashes are written, `latest` points at them and the checkpoint
-before is deleted; a load begins with checking every hash. The plain write has the files' bytes in memory, writes as many
-files, syncs them and their directory, and deletes those before; the plain read takes them into memory. What is read was
-written just before, so both read from the page cache. The limit is a copy of the bytes from memory to memory.
+before is deleted; a load begins with checking every hash. The plain write has the files' bytes in memory, writes as
+many files, syncs them and their directory, and deletes those before; the plain read takes them into memory. What is
+read was written just before, so both read from the page cache. The limit is a copy of the bytes from memory to memory.
 """
 
 import argparse

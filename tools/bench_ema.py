@@ -3,8 +3,8 @@
     python tools/bench_ema.py [--size 50m] [--tokens 8192]
 
 `ema_update_` takes float32 averages and weights with the shapes of a Llama's tensors. It reads both and writes one: 12
-bytes per weight. The baseline, and the limit, is a copy in as many pieces that moves as many: each piece is half as long
-again as the tensor, and 6 bytes per weight are read and 6 written.
+bytes per weight. The baseline, and the limit, is a copy in as many pieces that moves as many: a piece is half as long
+again as its tensor, and 6 bytes per weight are read and 6 written.
 
 The update step is a forward and backward pass over `tokens` tokens in sequences of 512 and the optimizer's step, in one
 mini-batch. Beside it stand the average's update as a run makes it, on the optimizer's shards, and the smoothing of as

@@ -2,8 +2,8 @@
 
     python tools/bench_ops.py [--op sdpo logp] [--dtype bfloat16 float32] [--k 20 100] [--tokens 2048]
 
-`sdpo` is the loss of SDPO through two lm-heads (the student's k most likely ids, ties to the smaller id, the exact tail,
-alpha 0.5), `logp` log-probability and entropy through one; forward and backward, to hidden states and lm-head.
+`sdpo` is the loss of SDPO through two lm-heads (the student's k most likely ids, ties to the smaller id, the exact
+tail, alpha 0.5), `logp` log-probability and entropy through one; forward and backward, to hidden states and lm-head.
 
 The baseline is what one would write in torch: float32 logits, log_softmax, topk and gather, or the entropy; autograd.
 The limit are the matrix products that the operator executed, noted while it ran and executed again by themselves;

@@ -8,8 +8,8 @@ geometric with a mean of 64, cut off at 256. Each side draws its own; only token
 the log-probability of every token, which plain `generate` does not. Both `hf` and plain are CPU seconds; with vLLM,
 where it can be imported, the clock is that on the wall.
 
-The limit is the GEMM rate of this process in the same dtype, for 2 FLOPs per parameter (without the input embedding) and
-token of a prompt or an answer.
+The limit is the GEMM rate of this process in the same dtype, for 2 FLOPs per parameter (without the input embedding)
+and token of a prompt or an answer.
 """
 
 import argparse

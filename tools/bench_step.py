@@ -1,16 +1,17 @@
 """Steps of a real GRPO run beside a plain loop in transformers that does the same: seconds by the clock on the wall.
 
-    python tools/bench_step.py [--size 1m 8m] [--steps 5]
+    python tools/bench_step.py [--size 1m 8m]
 
 Here: `megatron-rl train` with `parallel.dp=2` and the `hf` engine, two processes of one thread; the phases are those of
 its `metrics.jsonl`. There: one process of two threads, `generate`, the rewards' place taken by random numbers, and a
-padded policy-gradient update with AdamW; half of its steps before the run and half after it. Both answer 8 prompts of 16
-tokens 8 times, in float32, with a model of random weights in which one in 32 tokens ends an answer, 128 tokens at most,
-and leave out their first step.
+padded policy-gradient update with AdamW; half of its steps before the run and half after it. Both answer 8 prompts of
+16 tokens 8 times, in float32, with a model of random weights in which one in 32 tokens ends an answer, 128 tokens at
+most, and leave out their first step.
 
-Ratios are of seconds per token, prompts included, for each side draws its own answers. The limit is the rate of a 1024^3
-product on two threads, for 2 FLOPs per parameter (without the input embedding) and token in generation, and 6 in the
-update. `here` also syncs weights and checks them, rewards, audits, and logs; its step is more than the sum of the rows.
+Ratios are of seconds per token, prompts included, for each side draws its own answers. The limit is the rate of a
+1024^3 product on two threads, for 2 FLOPs per parameter (without the input embedding) and token in generation, and 6 in
+the update. A step here also sends the weights to the engine and checks them, rewards and audits; `step` has their
+seconds.
 """
 
 import argparse
@@ -162,7 +163,7 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
             plain = Plain(model)
             there = plain.steps((options.repeats + 1) // 2)
             here = trained(make_run(Path(folder), size, options.repeats + 1))
-            there += plain.steps(options.repeats - options.repeats // 2)
+            there += plain.steps(options.repeats // 2)
             yield from rows_of(size, here, there, dense_parameters(model), rate)
 
 

@@ -40,9 +40,7 @@ class Change:
 def changes(old: Report, new: Report) -> list[Change]:
     before = {(row.bench, row.case): row for row in old.rows}
     pairs = [(before[key], row) for row in new.rows if (key := (row.bench, row.case)) in before]
-    return [
-        Change(a, b, old.machine == new.machine and (a.threads, a.clock) == (b.threads, b.clock)) for a, b in pairs
-    ]
+    return [Change(a, b, old.machine == new.machine and (a.threads, a.clock) == (b.threads, b.clock)) for a, b in pairs]
 
 
 def differences(old: Report, new: Report) -> list[str]:

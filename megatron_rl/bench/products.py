@@ -59,7 +59,7 @@ class Products(TorchDispatchMode):
         storage = value.untyped_storage()
         key = (storage.data_ptr(), value.dtype)
         self._sizes[key] = max(self._sizes.get(key, 0), storage.nbytes() // value.element_size())
-        return _View(key, value.shape, value.stride(), value.storage_offset())
+        return _View(key, value.shape, value.stride(), int(value.storage_offset()))
 
     @torch.no_grad()
     def __call__(self) -> None:

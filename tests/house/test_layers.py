@@ -18,7 +18,7 @@ FLOORS = (
     {"parallel", "building_blocks"},
     {"models"},
     {"checkpoint"},
-    {"workers", "rollout", "report", "planning"},
+    {"workers", "rollout", "report", "planning", "bench"},
     {"trainers", "convert"},
     {"cli", "__main__", "launch"},
 )
