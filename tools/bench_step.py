@@ -138,7 +138,8 @@ def rows_of(size: str, here: Sequence[Step], there: Sequence[Step], parameters: 
         figures = {"tokens": median(step.tokens for step in here), "tokens/s": 1 / per_token(here, phase)}
         figures["plain tokens/s"] = 1 / per_token(there, phase)
         if phase == "step":
-            others = [name for name in here[0].seconds if name not in SHOWN and name in here[-1].seconds]
+            common = set.intersection(*(set(step.seconds) for step in here))
+            others = sorted(name for name in common - set(SHOWN) if "/" not in name)
             figures |= {f"{name} s": median(step.seconds[name] for step in here) for name in others}
         yield Row(
             bench="rl-step",

@@ -14,7 +14,7 @@ CASE = "scan [8, 32768] beta 0.1"
 
 def test_every_bench_has_its_script() -> None:
     scripts = {path.name for path in command.TOOLS.glob("bench_*.py")}
-    assert set(command.SCRIPTS.values()) == scripts
+    assert set(command.SCRIPTS.values()) <= scripts
 
 
 def test_benches_run_once_and_in_the_order_of_the_table() -> None:
