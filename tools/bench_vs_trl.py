@@ -9,8 +9,9 @@ tokens ends an answer, so that lengths are about geometric with a mean of 64, cu
 can end one, and each has 64 tokens, which is checked. Each run is a process of its own (or several, see `layout`) with
 two threads together: here `megatron-rl train`, there TRL's trainer, without checkpointing of gradients, logs or saves.
 
-First every variant of a system runs once; then the best of each runs `--rounds` times more, in turns. `seconds` are from
-the end of one step to the end of the next, whatever lies between; `gen` those of drawing the answers; `train` the rest.
+First every variant of a system runs once; then the best of each runs `--rounds` times more, in turns. `seconds` are
+from the end of one step to the end of the next, whatever lies between; `gen` those of drawing the answers; `train` the
+rest; sdpo is compared by `train`.
 Medians of `--steps` steps a run, after `--warmup` that are left out. `cpu` are the CPU seconds of all processes. Where
 lengths are drawn, times are compared by the token. `peak` is the largest sum of the peak resident sets (VmHWM) of the
 processes that lived at one time, launchers and reward workers included, until the last measured step.
@@ -19,31 +20,21 @@ processes that lived at one time, launchers and reward workers included, until t
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from random_llama import MEAN, PROMPT_TOKENS, make_model
+from watched import Watch
 
 ROOT = Path(__file__).parents[1]
-SHAPES = {
-    "1m": {"hidden_size": 128, "num_hidden_layers": 4, "intermediate_size": 352, "vocab_size": 2048},
-    "8m": {"hidden_size": 256, "num_hidden_layers": 8, "intermediate_size": 704, "vocab_size": 4096},
-    "50m": {"hidden_size": 512, "num_hidden_layers": 12, "intermediate_size": 1408, "vocab_size": 8192},
-    "wide": {"hidden_size": 256, "num_hidden_layers": 4, "intermediate_size": 704, "vocab_size": 151936},
-}
-PROMPT_TOKENS, GROUP, MEAN, LONGEST, TOPK = 32, 8, 64, 256, 100
-SPECIAL = {"<end>": 0, "<pad>": 1, "<other>": 2}
+GROUP, LONGEST, TOPK = 8, 256, 100
 TRL = "trl"
 LAYOUTS = {"1x2": 1, "dp2": 2, "tp2": 2}  # processes; they share two threads
 
@@ -93,88 +84,6 @@ class Result(NamedTuple):
     @property
     def train_per_token(self) -> float:
         return statistics.median((step.seconds - step.gen) / step.tokens for step in self.steps)
-
-
-class Moment(NamedTuple):
-    time: float
-    cpu: float  # seconds, of all processes so far
-    memory: int  # bytes, the sum of the living processes' peaks
-
-
-class Watch(threading.Thread):
-    """Looks after a process and all its descendants until it ends, ten times a second."""
-
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        super().__init__(daemon=True)
-        self.process = process
-        self.moments: list[Moment] = []
-
-    def run(self) -> None:
-        root, seconds = psutil.Process(self.process.pid), {}
-        while self.process.poll() is None:
-            memory = 0
-            for one in [root, *root.children(recursive=True)]:
-                try:
-                    times = one.cpu_times()
-                    seconds[one.pid] = times.user + times.system
-                    memory += peak_bytes(one.pid)
-                except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
-                    continue  # it has ended since it was listed
-            self.moments.append(Moment(time.time(), sum(seconds.values()), memory))
-            time.sleep(0.1)
-
-    def cpu(self, end: float) -> float:
-        return max((moment.cpu for moment in self.moments if moment.time <= end), default=0.0)
-
-    def peak(self, end: float) -> int:
-        return max(moment.memory for moment in self.moments if moment.time <= end)
-
-
-def peak_bytes(pid: int) -> int:
-    """VmHWM; a process that is ending has none."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return 0
-
-
-def make_model(folder: Path, size: str, case: Case) -> None:
-    """Model, tokenizer and prompts. Words are w3, w4, ...
-
-    Where nothing may end, unit 0 of every token's embedding is a constant, that of the end's output row its opposite:
-    the end's logit is far below all others'.
-    """
-    torch.manual_seed(0)
-    shape = SHAPES[size]
-    heads, vocabulary = shape["hidden_size"] // 64, shape["vocab_size"]
-    ends = list(range(0, vocabulary, MEAN)) if case.ends else [SPECIAL["<end>"]]
-    config = LlamaConfig(
-        **shape,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        max_position_embeddings=1024,
-        tie_word_embeddings=size == "wide",
-        bos_token_id=None,
-        eos_token_id=SPECIAL["<end>"],
-        pad_token_id=SPECIAL["<pad>"],
-    )
-    model = LlamaForCausalLM(config)
-    if not case.ends:
-        with torch.no_grad():
-            model.get_input_embeddings().weight[:, 0] = 0.5
-            model.get_output_embeddings().weight[:, 0] = 0.5
-            model.get_output_embeddings().weight[SPECIAL["<end>"], 0] = -10.0
-    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=SPECIAL["<pad>"])
-    model.save_pretrained(folder)
-    words = {**SPECIAL, **{f"w{i}": i for i in range(len(SPECIAL), vocabulary)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<other>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>", unk_token="<other>"
-    ).save_pretrained(folder)
-    drawn = torch.randint(len(SPECIAL), vocabulary, (64, PROMPT_TOKENS), generator=torch.Generator().manual_seed(1))
-    rows = [{"prompt": " ".join(f"w{i}" for i in ids)} for ids in drawn.tolist()]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def ours(variant: Variant, case: Case, place: Path, options: argparse.Namespace) -> list[str]:
@@ -267,8 +176,10 @@ def measure(variant: Variant, case: Case, place: Path, options: argparse.Namespa
         process = subprocess.Popen(command, cwd=place, stdout=log, stderr=subprocess.STDOUT, env=environment)
         watch = Watch(process)
         watch.start()
-        code = process.wait()
-        watch.join()
+        try:
+            code = process.wait()
+        finally:
+            watch.end()
     if code:
         tail = (place / "log.txt").read_text()[-4000:]
         raise RuntimeError(f"{' '.join(command)}\nended with exit code {code}:\n{tail}")
@@ -303,7 +214,7 @@ def contest(name: str, size: str, options: argparse.Namespace) -> list[dict[str,
     key = "train_per_token" if case.trainer == "sdpo" else "per_token"
     runs: dict[Variant, list[Result]] = {variant: [] for variant in variants(case, options)}
     with tempfile.TemporaryDirectory() as folder:
-        make_model(Path(folder) / "model", size, case)
+        make_model(Path(folder) / "model", size, ends=case.ends)
 
         def run(variant: Variant) -> None:
             place = Path(folder) / f"{'-'.join(variant)}-{len(runs[variant])}"
@@ -393,6 +304,7 @@ def main() -> None:
     parser.add_argument("--vllm-python", type=Path, default=environment("vllm"))
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
     rows = []
     for name in options.case:

@@ -2,8 +2,9 @@
 
     .venv-trl-<hash>/bin/python tools/trl_side.py WORKLOAD.json STEPS.jsonl
 
-Runs in TRL's environment, and under torchrun in several processes. Rank 0 writes; `gen` are the seconds in the call that
-draws completions, `tokens` those of all ranks' completions, `end` is the time of day when the step was over.
+Runs in TRL's environment, and under torchrun in several processes. Rank 0 writes: `gen` are the seconds in the call
+that draws completions, `tokens` those of all ranks' completions, `end` is the time of day when the step was over,
+`targets` the share of rows whose teacher reads more than the student (sdpo).
 """
 
 import json
@@ -43,7 +44,8 @@ class Recorder(TrainerCallback):
         mine = torch.tensor(self.lengths)
         lengths = self.trainer.accelerator.gather(mine)
         assert len(lengths) == args.generation_batch_size, "a step did not draw its whole batch"
-        row = {"end": time.time(), "gen": self.seconds, "tokens": int(lengths.sum()), "longest": int(lengths.max())}
+        row: dict[str, float | None] = {"end": time.time(), "gen": self.seconds}
+        row |= {"tokens": int(lengths.sum()), "longest": int(lengths.max())}
         shown = self.trainer._metrics["train"].get("self_distillation/reprompt_sample_fraction")
         row["targets"] = shown[-1] if shown else None
         if state.is_world_process_zero:
