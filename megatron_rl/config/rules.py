@@ -273,6 +273,7 @@ def check(config: Config | EvaluationConfig) -> None:
         return
     _check_optim("optim", config.optim)
     _check_best(config)
+    _check_profile(config)
     if isinstance(config, SdpoConfig):
         _check_average("teacher", config.teacher)
     elif isinstance(config, LikelihoodConfig | GrpoConfig):
@@ -299,6 +300,12 @@ def check(config: Config | EvaluationConfig) -> None:
         _check_gad(config)
     if isinstance(config, SdpoConfig):
         _check_sdpo(config)
+
+
+def _check_profile(config: Config) -> None:
+    steps, last = config.train.profile, config.train.steps
+    beyond = [step for step in steps if not 1 <= step <= last]
+    _require(not beyond, f"train.profile={steps} names steps from 1 to train.steps={last}; there is no {beyond}")
 
 
 def _check_updates(config: RolloutTrainerConfig) -> None:

@@ -222,6 +222,7 @@ class TrainConfig:
     batch_size: int = MISSING  # prompts (grpo) or examples (sft) per step, over all ranks
     max_tokens_per_micro_batch: int = 8192  # per data-parallel rank
     seed: int = 1
+    profile: list[int] = field(default_factory=list)  # steps whose trace torch.profiler writes to run.dir/profile
 
 
 @dataclass(kw_only=True)

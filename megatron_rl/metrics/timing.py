@@ -1,14 +1,14 @@
 """Where the seconds of a step go."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from time import perf_counter
 
 from megatron_rl.metrics.progress import progress
 
 STEP = "step"
 # Beside the phases of a step: what stands between two steps, and what ran while a step did.
-NOT_OF_A_STEP = frozenset({"testing", "save_checkpoint", "export", "gen_ahead"})
+NOT_OF_A_STEP = frozenset({"profile", "testing", "save_checkpoint", "export", "gen_ahead"})
 _PREFIX = "timing_s/"
 
 
@@ -16,11 +16,12 @@ class Timer:
     """Adds up wall-clock seconds by name: `with timer("gen"): ...` becomes `timing_s/gen`.
 
     A span inside another is a part of it, and named so: `timing_s/update_actor/optimizer`. Only `step`, the whole, is
-    no part of a name. A span is a phase of the process's progress, where `growing` measures one long call (see there).
-    Work queued on a GPU counts where the host waits for it.
+    no part of a name. A span is a phase of the process's progress, where `growing` measures one long call (see there),
+    and stands inside `mark(name)`. Work queued on a GPU counts where the host waits for it.
     """
 
     def __init__(self) -> None:
+        self.mark: Callable[[str], AbstractContextManager[object]] = nullcontext
         self._seconds: dict[str, float] = {}
         self._outer = ""
 
@@ -31,7 +32,7 @@ class Timer:
         self._outer = "" if name == STEP else f"{name}/"
         start = perf_counter()
         try:
-            with progress.phase(name, growing):
+            with progress.phase(name, growing), self.mark(name):
                 yield
         finally:
             self._seconds[name] = self._seconds.get(name, 0.0) + perf_counter() - start

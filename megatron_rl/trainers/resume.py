@@ -41,6 +41,7 @@ FREE = (
     "rollout.vllm.server.urls",
     "run.",
     "train.max_tokens_per_micro_batch",
+    "train.profile",
 )
 
 

@@ -32,6 +32,7 @@ from megatron_rl.trainers.data import held_out_prompts
 from megatron_rl.trainers.evaluate import Evaluator
 from megatron_rl.trainers.guards import Guards
 from megatron_rl.trainers.parts import Parts
+from megatron_rl.trainers.profile import Profile
 from megatron_rl.trainers.resume import checkpoint_store, checkpoint_to_continue, differences, origin
 from megatron_rl.types import RolloutGroup
 from megatron_rl.workers.average import WeightAverage
@@ -107,6 +108,7 @@ class Run:
         self.averaged = None if trainer.average is None else AveragedModel(config, mesh, trainer.average)
         self.guards = Guards(config)
         self.best = Best(config.checkpoint.best, self.directory)
+        self.profile = Profile(config.train.profile, self.directory / "profile", mesh.rank)
         self.timer = Timer()
         for worker in trainer.parts.workers:
             worker.timer = self.timer
@@ -151,8 +153,11 @@ class Run:
 
     def _step(self, step: int) -> None:
         progress.begin(step)
-        with self.timer("step"):
+        with self.profile.of_step(step, self.timer), self.timer("step"):
             metrics, histograms, samples = self.trainer.step(step, self.timer)
+        if step in self.profile.steps:
+            with self._writing(self.profile.directory, "profile"):
+                self.profile.write(step)
         seconds = self.timer.metrics()
         self.timer.reset()
         rate = metrics["perf/total_num_tokens"] / seconds["timing_s/step"]

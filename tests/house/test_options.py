@@ -48,7 +48,7 @@ def test_every_option_has_a_reader(trainer: str) -> None:
 
 @pytest.mark.parametrize("trainer", SCHEMAS)
 def test_few_options(trainer: str) -> None:
-    assert len(list(fields(SCHEMAS[trainer]))) < 132
+    assert len(list(fields(SCHEMAS[trainer]))) <= 132
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=[str(path.relative_to(ROOT)) for path in CONFIGS])

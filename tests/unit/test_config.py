@@ -101,6 +101,8 @@ def test_parity_tolerance_follows_the_precision(file: Path) -> None:
         (["algorithm.name=dro", "algorithm.pull=0"], r"algorithm.pull=0.0 must be greater than 0"),
         (["algorithm.max_rollout_batches=0"], r"algorithm.max_rollout_batches=0 must be at least 1"),
         (["algorithm.overlong_buffer=600"], r"algorithm.overlong_buffer=600 .* rollout.max_new_tokens=512"),
+        (["train.profile=[0]"], r"train.profile=\[0\] names steps from 1 to train.steps=3; there is no \[0\]"),
+        (["train.profile=[3,11]"], r"train.profile=\[3, 11\] names steps .* there is no \[11\]"),
         (["rollout_correction.low=3"], r"rollout_correction.low=3.0 .* at most high=2.0"),
         (["rollout_correction.bypass=true", "rollout_correction.level=token"], r"nothing between them to correct"),
         (["kl.coeff=-1"], r"kl.coeff=-1.0 must not be negative"),
