@@ -74,7 +74,7 @@ def test_a_run_in_which_a_rank_hangs_ends_and_names_it(
     assert [rank.exitcode for rank in ranks] == codes
     said = (tmp_path / "said").read_text()
     assert said.count("megatron-rl: ") == 1 and re.search(first_line, said)
-    assert "  rank 0, step 2, phase update_actor/forward_backward: waits for others" in said
+    assert "  rank 0, step 2, phase update_actor/forward_backward/reduce_gradients: waits for others" in said
     assert all(line in said for line in stack) and "Traceback" not in said
     assert [row["step"] for row in steps(tmp_path / "run")] == [0, 1]
     assert nothing_is_left(place)
