@@ -8,7 +8,7 @@ of the slowest rank. `strong` shares out the same sequences, `weak` takes as man
 over ranks times those of one rank; with more ranks than cores, cores are what is shared out (marked *).
 
 `waits` are seconds inside of torch.distributed's `Work.wait`: collectives and messages, and waiting for the others.
-Rates of the machine (matrix products and attention at the model's sizes, copies, gloo's bandwidth and latency) are
+Rates of the machine (matrix products and attention at the model's sizes, copies beyond the caches, gloo's bandwidth and latency) are
 measured in the same process group, on all ranks at once, and given to the model.
 """
 
@@ -44,6 +44,7 @@ from megatron_rl.workers.model_worker import ModelWorker
 from megatron_rl.workers.objective import NegativeLogLikelihood
 
 FLOAT32 = 4
+BEYOND_CACHES = 16 * 2**20  # numbers of a copy
 AXES = ("dp", "tp", "pp")
 RATES = ("products", "attention", "memory", "link", "link_latency")
 # Of a prediction, what is communication or waiting.
@@ -116,12 +117,13 @@ def measured_machine(shape: ModelShape, tokens: int, length: int) -> Machine:
     """This one, with all ranks at work; sizes are those of one micro-batch."""
     ranks = dist.get_world_size()
     rows, weight = torch.randn(tokens, shape.hidden_size), torch.randn(shape.hidden_size, shape.ffn_hidden_size)
-    product = timed(lambda: rows @ weight)
+    result = rows @ weight
+    products = timed(lambda: (rows @ weight, result @ weight.T, rows.T @ result))  # as forward and backward
     heads = torch.randn(tokens // length, shape.num_heads, length, shape.head_dim)
     attention = timed(lambda: F.scaled_dot_product_attention(heads, heads, heads, is_causal=True))
-    inside, copy = torch.randn(2, tokens, shape.ffn_hidden_size)
-    copied = timed(lambda: copy.copy_(inside))
     small, stream = torch.zeros(1), torch.randn(tokens, shape.hidden_size)
+    old, new = torch.zeros(2, BEYOND_CACHES)
+    copied = timed(lambda: new.copy_(old))
     latency, bandwidth = 0.0, math.inf  # of one rank nothing is asked
     if ranks > 1:
         hops = 2 * (ranks - 1)
@@ -129,9 +131,9 @@ def measured_machine(shape: ModelShape, tokens: int, length: int) -> Machine:
         hop = timed(lambda: dist.all_reduce(stream)) / hops
         bandwidth = FLOAT32 * stream.numel() / ranks / max(hop - latency, 1e-9)
     return Machine(
-        products=2 * rows.numel() * shape.ffn_hidden_size / product,
+        products=3 * 2 * rows.numel() * shape.ffn_hidden_size / products,
         attention=2 * shape.num_heads * shape.head_dim * tokens * length / attention,
-        memory=2 * FLOAT32 * inside.numel() / copied,
+        memory=2 * FLOAT32 * BEYOND_CACHES / copied,
         link=bandwidth,
         link_latency=latency,
         network=bandwidth,
