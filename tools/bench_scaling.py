@@ -8,8 +8,8 @@ of the slowest rank. `strong` shares out the same sequences, `weak` takes as man
 over ranks times those of one rank; with more ranks than cores, cores are what is shared out (marked *).
 
 `waits` are seconds inside of torch.distributed's `Work.wait`: collectives and messages, and waiting for the others.
-Rates of the machine (matrix products and attention at the model's sizes, copies beyond the caches, gloo's bandwidth and latency) are
-measured in the same process group, on all ranks at once, and given to the model.
+Rates of the machine (matrix products and attention at the model's sizes, copies beyond the caches, gloo's bandwidth
+and latency) are measured in the same process group, on all ranks at once, and given to the model.
 """
 
 import argparse

@@ -47,9 +47,9 @@ H100 = Machine(
     attention=0.45 * 989e12,
     memory=0.85 * 3.35e12,
     link=0.75 * 450e9,
-    link_latency=5e-6,
+    link_latency=2e-6,
     network=0.75 * 50e9,
-    network_latency=15e-6,
+    network_latency=10e-6,
     node=8,
 )
 H200 = Machine(

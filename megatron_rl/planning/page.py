@@ -10,6 +10,7 @@ from megatron_rl.planning.advice import advise, stages
 from megatron_rl.planning.memory import Case, Footprint
 from megatron_rl.planning.rollouts import answers, keys_values, longest_answer, served_bytes
 from megatron_rl.planning.schedule import Schedule, schedule
+from megatron_rl.planning.step_time import describe_step
 
 UNITS = {"GB": 10**9, "GiB": 2**30, "MB": 10**6, "MiB": 2**20}
 # Of a device, for what is not counted: CUDA's context, NCCL's buffers, kernels' workspaces, gaps between blocks.
@@ -48,6 +49,8 @@ def describe_plan(case: Case, lengths: Sequence[int], memory: int) -> tuple[str,
         *([] if fits else _advice(case, lengths, found.peak, room)),
         *_beside(case, found),
         *_cut(schedule(case.config, case.layout, lengths)),
+        "",
+        *describe_step(case, lengths),
     ]
     return "\n".join(lines), fits
 
