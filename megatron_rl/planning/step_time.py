@@ -156,14 +156,19 @@ def describe_step(case: Case, lengths: Sequence[int]) -> list[str]:
         parts = sorted(((seconds, part) for part, seconds in of.items() if seconds > 0), reverse=True)
         shown = ", ".join(f"{part} {_shown(seconds)}" for seconds, part in parts)
         lines.append(f"  {phase:<{width}}{_shown(of.total):>9}  {shown}")
+    share = products_share(case, lengths, MACHINES[name])
+    lines.append(f"  the policy's update makes {share:.0%} of the products that the devices could make")
+    lines += [f"  on {other}s {_whole(step_seconds(case, lengths, MACHINES[other]))}" for other in others]
+    return lines
+
+
+def products_share(case: Case, lengths: Sequence[int], machine: Machine) -> float:
+    """Of the policy's update: model FLOPs over what the devices' rate of products would make in its seconds."""
     cut = schedule(case.config, case.layout, lengths)
     batch = _batch(case.config, case.layout, lengths, cut)
     each = model_flops(case.actor, batch.tokens, batch.loss_tokens, batch.squares)
     work = cut.updates * cut.micro_batches * case.layout.dp * each
-    most = MACHINES[name].products * found["update_actor"].total * case.world
-    lines.append(f"  the policy's update makes {work / most:.0%} of the products that the devices could make")
-    lines += [f"  on {other}s {_whole(step_seconds(case, lengths, MACHINES[other]))}" for other in others]
-    return lines
+    return work / (machine.products * case.world * step_seconds(case, lengths, machine)["update_actor"].total)
 
 
 def _whole(found: dict[str, Seconds]) -> str:

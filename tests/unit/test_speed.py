@@ -1,6 +1,7 @@
 """The model of a step's time: closed forms, limits, what must not grow or shrink, and units."""
 
 import importlib.util
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -201,7 +202,7 @@ def test_a_step_by_its_phases(sizing: ModuleType, shape: ModelShape) -> None:
         found[name] = step_seconds(case, lengths, H100)
         assert found[name].keys() == phases
     assert found["SDPO"]["update_actor"]["teacher"] > 0 and found["reference"]["ref"].total > 0
-    # A whole update on one rank's share, by hand: 64 micro-batches of two longest samples on each of two copies.
+    # A whole update on one rank's share, by hand: 256 micro-batches of two longest samples on each of two copies.
     case = sizing.planned(sizing.MODELS["Qwen3-8B"], sizing.Row("", sizing.GRPO, 8, sizing.layout(4)), "vllm")
     lengths = longest_step(case.config)
     cut = schedule(case.config, case.layout, lengths)
@@ -225,3 +226,13 @@ def test_weights_to_the_engines(shape: ModelShape) -> None:
     found = sync_seconds(model(shape, tp=4, pp=2))
     assert found["tensor parallel"] == pytest.approx(H100.gather(size, 4, 4))
     assert found["stage to stage"] == pytest.approx(H100.send(size / 4, 8))
+
+
+def test_the_table_of_predictions_is_the_models(sizing: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "size_cluster", sizing)
+    spec = importlib.util.spec_from_file_location("predict_steps", ROOT / "tools" / "predict_steps.py")
+    assert spec is not None and spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    page = (ROOT / "docs" / "performance.md").read_text()
+    assert tool.written(page) == page and page.count("| Qwen3-8B | ") == 6
