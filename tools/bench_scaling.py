@@ -121,15 +121,15 @@ def measured_machine(shape: ModelShape, tokens: int, length: int) -> Machine:
     products = timed(lambda: (rows @ weight, result @ weight.T, rows.T @ result))  # as forward and backward
     heads = torch.randn(tokens // length, shape.num_heads, length, shape.head_dim)
     attention = timed(lambda: F.scaled_dot_product_attention(heads, heads, heads, is_causal=True))
-    small, stream = torch.zeros(1), torch.randn(tokens, shape.hidden_size)
+    small, large = torch.zeros(1), torch.zeros(2**20)
     old, new = torch.zeros(2, BEYOND_CACHES)
     copied = timed(lambda: new.copy_(old))
     latency, bandwidth = 0.0, math.inf  # of one rank nothing is asked
     if ranks > 1:
         hops = 2 * (ranks - 1)
         latency = timed(lambda: dist.all_reduce(small), 51) / hops
-        hop = timed(lambda: dist.all_reduce(stream)) / hops
-        bandwidth = FLOAT32 * stream.numel() / ranks / max(hop - latency, 1e-9)
+        hop = timed(lambda: dist.all_reduce(large)) / hops
+        bandwidth = FLOAT32 * large.numel() / ranks / max(hop - latency, 1e-9)
     return Machine(
         products=3 * 2 * rows.numel() * shape.ffn_hidden_size / products,
         attention=2 * shape.num_heads * shape.head_dim * tokens * length / attention,
@@ -267,7 +267,7 @@ def report(options: argparse.Namespace) -> None:
         print(f"torch {torch.__version__}, {cores} cores, {torch.backends.cpu.get_cpu_capability()}")
     with tempfile.TemporaryDirectory() as folder:
         for size in options.size:
-            heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024}
+            heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 1024}
             LlamaConfig(**SHAPES[size], **heads, tie_word_embeddings=False).save_pretrained(Path(folder, size))
         told = Options(options.size, options.steps, options.sequences, options.length, options.micro_batches, folder)
         alone: dict[str, Any] = {}
