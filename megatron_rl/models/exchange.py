@@ -69,7 +69,8 @@ def export_weights(
     """Yields (Hugging Face name, full tensor) on every rank; collective, so every rank must drain it.
 
     `value` chooses what is exported of a parameter: its weights, or its gradient, under the same names. One
-    parameter's tensors exist at a time, and where nothing has to be gathered they are views of it. Of a pipeline's two copies of a tied embedding the first is taken.
+    parameter's tensors exist at a time, and where nothing has to be gathered they are views of it. Of a pipeline's two
+    copies of a tied embedding the first is taken.
     """
     rules, geometry = weight_map(chunks[0].shape), heads(chunks[0].shape)
     local = dict(named_parameters(chunks))

@@ -7,7 +7,7 @@ norm of the gradients and their clipping.
 `parallel_cross_entropy` is left out, for supervised training too. It takes whole logits, keeps them for the backward
 pass and rounds their gradient to the logits' dtype before it is scaled. It counts all columns, so that the padding of a
 vocabulary would have to be overwritten first; and it knows no entropy, which is always measured. The operator of
-`ops/linear_stats.py` reads and writes the logits no more often, and above 64 MiB keeps none.
+`ops/linear_stats.py` reads and writes the logits no more often, and above 128 MiB keeps none.
 """
 
 import importlib

@@ -245,7 +245,7 @@ def _gradients(
             wide = _slope_of_stats(student, of_logp, of_entropy, entropy[:, None], labels - columns.start)
         if of_loss is not None:
             wide = _slope(student, teacher, ctx.alpha, ctx.slopes[:, None]).mul_(of_loss).add_(wide)
-        yield columns, wide.to(tensors[0].dtype)
+        yield columns, wide
 
 
 def _log_prob_chunks(

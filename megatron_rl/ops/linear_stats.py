@@ -77,8 +77,10 @@ def linear_stats(
     assert labels.shape == hidden.shape[:1], (labels.shape, hidden.shape)
     assert weight.shape[0] >= shard.size, (weight.shape, shard)
     assert shard.group is not None or k <= shard.size, (k, shard)
+    learning = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    kept = keeping(hidden, weight[: shard.size], learning)
     logp, h, topk_logp, tail_logp, ids = _LinearStats.apply(
-        hidden, weight, labels, indices, shard, temperature, entropy, k, chunk, main_grad
+        hidden, weight, labels, indices, shard, temperature, entropy, k, chunk, main_grad, kept
     )
     return LinearStats(logp, h, topk_logp, ids if indices is None else indices, tail_logp, ids)
 
@@ -97,8 +99,8 @@ class _LinearStats(torch.autograd.Function):
         k: int,
         chunk: int,
         main_grad: Tensor | None,
+        kept: list[Tensor] | None,
     ) -> tuple[Tensor | None, ...]:
-        kept = keeping(hidden, weight[: shard.size], any(ctx.needs_input_grad))
         summary = summarise(
             hidden,
             weight,
@@ -140,7 +142,7 @@ class _LinearStats(torch.autograd.Function):
         chunks = slope.chunks(hidden, weight[: ctx.shard.size], local_labels, ctx.temperature, ctx.kept)
         grad_hidden, grad_weight = head_gradients(chunks, hidden, weight, ctx.shard.size, ctx.main_grad)
         ctx.kept = None
-        return grad_hidden, grad_weight, *[None] * 8
+        return grad_hidden, grad_weight, *[None] * 9
 
 
 def stats_of(summary: Summary) -> LinearStats:
@@ -206,7 +208,7 @@ class _Slope:
             return
         places = None if self.ids is None else Places(self.ids, self.size, self.chunk)
         for columns, logits in logit_chunks(hidden, weight, temperature, self.chunk, kept):
-            yield columns, self._of_(logits, columns, labels, places).to(hidden.dtype)
+            yield columns, self._of_(logits, columns, labels, places)
 
     def _of_(self, logits: Tensor, columns: slice, labels: Tensor, places: Places | None) -> Tensor:
         """The gradient [N, columns] of the logits, in their place."""

@@ -10,7 +10,9 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-KEPT_BYTES = 64 * 2**20
+from megatron_rl.ops.products import add_mm_, factor_dtype, mm
+
+KEPT_BYTES = 128 * 2**20
 VOCABULARY_CHUNK = 1024  # columns of the lm-head that are computed at once
 TOKENS = 1024  # whose whole rows are in memory at once, on a GPU
 _LOG2_E = 1 / math.log(2)
@@ -35,18 +37,18 @@ def product_chunks(
     An empty list `kept` is filled with the products; a full one stands in for them. Without a list the next chunk
     overwrites the product.
     """
-    num_rows = weight.shape[0]
+    num_rows, factor = weight.shape[0], hidden.to(factor_dtype(hidden))
     buffer = hidden.new_empty(hidden.shape[0], min(chunk, num_rows)) if kept is None else None
     known = list(kept or [])
     for place, start in enumerate(range(0, num_rows, chunk)):
         columns = slice(start, min(start + chunk, num_rows))
         if buffer is not None:
-            yield columns, torch.mm(hidden, weight[columns].t(), out=buffer[:, : columns.stop - start])
+            yield columns, mm(factor, weight[columns].t(), out=buffer[:, : columns.stop - start])
         elif known:
             yield columns, known[place]
         else:
             assert kept is not None
-            kept.append(hidden @ weight[columns].t())
+            kept.append(mm(factor, weight[columns].t(), out=hidden.new_empty(len(hidden), columns.stop - start)))
             yield columns, kept[-1]
 
 
@@ -91,20 +93,6 @@ def exp_(exponents: Tensor) -> Tensor:
     return exponents.mul_(_LOG2_E).exp2_()
 
 
-def add_mm_(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, where the total may be wider than the factors."""
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-    elif left.is_cuda:
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
-    else:
-        if left.stride(1) == 1:
-            # Without bfloat16 instructions torch is about twenty times as fast where both factors lie along the sum, or
-            # neither does.
-            right = right.t().contiguous().t()
-        total.add_(left @ right)
-
-
 def head_gradients(
     chunks: Iterable[tuple[slice, Tensor]],
     hidden: Tensor,
@@ -121,10 +109,12 @@ def head_gradients(
     grad_weight = torch.empty_like(weight) if main_grad is None else None
     if grad_weight is not None:
         grad_weight[size:] = 0
+    factor = hidden.to(factor_dtype(hidden))
     for columns, grad in chunks:
+        left = grad.to(factor.dtype)
         if grad_weight is not None:
-            torch.mm(grad.t(), hidden, out=grad_weight[columns])
+            mm(left.t(), factor, out=grad_weight[columns])
         elif main_grad is not None:
-            add_mm_(main_grad[columns], grad.t(), hidden)
-        add_mm_(grad_hidden, grad, weight[columns])
+            add_mm_(main_grad[columns], left.t(), factor)
+        add_mm_(grad_hidden, left, weight[columns].to(factor.dtype))
     return grad_hidden.to(hidden.dtype), grad_weight

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_rl.ops.products import factor_dtype
 from megatron_rl.parallel.cpu_adam import CpuAdam
 
 PACKAGE = "megatron.core"
@@ -200,11 +201,34 @@ def _routing(module: Any) -> None:
         module.te_general_gemm = None
 
 
+def _linear(module: Any) -> None:
+    def widened(linear: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def forward(input: torch.Tensor, weight: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            wide = factor_dtype(input)
+            return linear(input.to(wide), weight.to(wide), *args, **kwargs).to(input.dtype)
+
+        return forward
+
+    for name in _LINEAR:
+        setattr(module, name, widened(getattr(module, name)))
+
+
+_LINEAR = ("linear_with_grad_accumulation_and_async_allreduce", "linear_with_frozen_weight")
+
+
 def _jit(module: Any) -> None:
     module.disable_jit_fuser()
 
 
 DEBTS = (
+    Debt(
+        f"{PACKAGE}.tensor_parallel.layers",
+        _LINEAR,
+        "tensor_parallel/layers.py:360,629",
+        "a CPU without instructions for bfloat16 multiplies it up to eighty times as slowly as float32, and the "
+        "gradient of a layer's input most slowly of all: there the factors are widened, and the product is rounded",
+        _linear,
+    ),
     Debt(
         f"{PACKAGE}.jit",
         ("jit_fuser", "disable_jit_fuser"),

@@ -152,7 +152,7 @@ def layer_seconds(model: Model, batch: Batch) -> tuple[Seconds, Seconds]:
 
 def head_seconds(model: Model, batch: Batch) -> tuple[Seconds, Seconds]:
     """The vocabulary operator on the last stage: one product forward, two backward, and one more where logits of more
-    than 64 MiB are not kept; what reads and writes the logits, and the hidden states' way to all ranks and back.
+    than 128 MiB are not kept; what reads and writes the logits, and the hidden states' way to all ranks and back.
 
     Bytes of a logit, forward and backward: te 3 e and 3 e; local, in float32, 20 and 20. A scalar head has no logits.
     """

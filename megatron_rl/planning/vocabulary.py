@@ -9,7 +9,7 @@ from megatron_rl.planning.parameters import FLOAT32
 
 
 def kept_logits(tokens: int, rows: int, width: int) -> int:
-    """e N V', kept for the backward pass where that is at most 64 MiB; nothing where it is more."""
+    """e N V', kept for the backward pass where that is at most 128 MiB; nothing where it is more."""
     size = tokens * rows * width
     return size if size <= KEPT_BYTES else 0
 
