@@ -20,8 +20,8 @@ SPECIAL = {"<end>": 0, "<pad>": 1, "<other>": 2}
 def make_model(folder: Path, size: str, *, ends: bool) -> None:
     """Model, tokenizer and prompts.jsonl. Words are w3, w4, and so on.
 
-    Where nothing may end, unit 0 of every token's embedding is a constant, that of the end's output row its opposite:
-    the end's logit is far below all others'.
+    Where nothing may end, unit 0 of every token's embedding is a constant to which no layer adds, and that of the end's
+    output row is far below zero: so is the end's logit.
     """
     torch.manual_seed(0)
     shape = SHAPES[size]
@@ -42,7 +42,9 @@ def make_model(folder: Path, size: str, *, ends: bool) -> None:
         with torch.no_grad():
             model.get_input_embeddings().weight[:, 0] = 0.5
             model.get_output_embeddings().weight[:, 0] = 0.5
-            model.get_output_embeddings().weight[SPECIAL["<end>"], 0] = -10.0
+            model.get_output_embeddings().weight[SPECIAL["<end>"], 0] = -40.0
+            for layer in model.model.layers:
+                layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0.0
     model.generation_config = GenerationConfig(eos_token_id=stop, pad_token_id=SPECIAL["<pad>"])
     model.save_pretrained(folder)
     words = {**SPECIAL, **{f"w{i}": i for i in range(len(SPECIAL), vocabulary)}}
