@@ -31,6 +31,7 @@ setup(
         "pyarrow",
         "jinja2",
         "psutil",
+        "xxhash",
         "omegaconf>=2.3",
         "pyyaml",
         "tensorboard",

@@ -41,6 +41,9 @@ class Engine(Protocol):
     dtype: torch.dtype
     """What the engine holds its weights in."""
 
+    device: torch.device
+    """Where it takes their checksums."""
+
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Takes every tensor of the model, by its Hugging Face name."""
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from megatron_rl.metrics.rules import RULES
@@ -31,7 +30,7 @@ def push(
     """
     if engine.version != version:
         sent: dict[str, int] = {}
-        engine.load_weights(_noting(named_weights(), engine.dtype, sent) if check else named_weights(), version)
+        engine.load_weights(_noting(named_weights(), engine, sent) if check else named_weights(), version)
         held = engine.checksums(sent)
         # On all ranks alike: one that stopped by itself would leave the others waiting.
         check_weights(gather_over_world([name for name in sent if held[name] != sent[name]]), len(sent), version)
@@ -39,12 +38,13 @@ def push(
 
 
 def _noting(
-    weights: Iterator[tuple[str, Tensor]], dtype: torch.dtype, sent: dict[str, int]
+    weights: Iterator[tuple[str, Tensor]], engine: Engine, sent: dict[str, int]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The weights as they are; the checksums that an engine of this precision must find are left in `sent`."""
+    """The weights; the checksums that the engine must find, in its precision and where it takes them, go to `sent`."""
     for name, tensor in weights:
-        sent[name] = checksum(tensor.to(dtype))
-        yield name, tensor
+        there = tensor.to(engine.device)
+        sent[name] = checksum(there.to(engine.dtype))
+        yield name, there
 
 
 def check_weights(wrong: Sequence[str], tensors: int, version: int) -> None:

@@ -1,11 +1,13 @@
 """The checksum of a tensor: what changes it, and what does not."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 
 from megatron_rl.rollout import checksum as module
-from megatron_rl.rollout.checksum import checksum
+from megatron_rl.rollout.checksum import checksum, sum_of_words
 
 BLOCK = 10
 
@@ -30,14 +32,18 @@ def definition(tensor: torch.Tensor) -> int:
     return signed(total)
 
 
+def gpu_sum(tensor: torch.Tensor) -> int:
+    return sum_of_words(tensor.contiguous().flatten().view(torch.uint8))
+
+
 def test_it_is_its_definition(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BLOCK", BLOCK)
     tensor = torch.randn(7, 9, generator=torch.Generator().manual_seed(1))
-    assert checksum(tensor) == definition(tensor)
-    assert checksum(tensor[:, :8].contiguous()) == definition(tensor[:, :8].contiguous())
-    assert checksum(tensor[3]) == definition(tensor[3].clone())  # begins and ends inside a word
-    assert checksum(tensor.T.contiguous().T) == definition(tensor)  # the same values, stored another way
-    assert checksum(tensor[:0]) == 0
+    assert gpu_sum(tensor) == definition(tensor)
+    assert gpu_sum(tensor[:, :8].contiguous()) == definition(tensor[:, :8].contiguous())
+    assert gpu_sum(tensor[3]) == definition(tensor[3].clone())  # begins and ends inside a word
+    assert gpu_sum(tensor.T.contiguous().T) == definition(tensor)  # the same values, stored another way
+    assert gpu_sum(tensor[:0]) == 0
 
 
 @pytest.mark.parametrize("block", [50, module.BLOCK])
@@ -56,8 +62,9 @@ def test_every_change_is_seen(monkeypatch: pytest.MonkeyPatch, block: int) -> No
         "negated": -tensor,
         "dropped": torch.zeros_like(tensor),
     }
-    sums = {name: checksum(value) for name, value in changed.items()}
-    assert len({checksum(tensor), *sums.values()}) == len(changed) + 1
+    for function in (checksum, gpu_sum):
+        sums = {name: function(value) for name, value in changed.items()}
+        assert len({function(tensor), *sums.values()}) == len(changed) + 1
 
 
 @pytest.mark.parametrize("block", [2, module.BLOCK])
@@ -65,10 +72,11 @@ def test_blocks_that_change_places_do_not_cancel(monkeypatch: pytest.MonkeyPatch
     """Under weights linear in the place these four would: the second pair moves back what the first moved ahead."""
     monkeypatch.setattr(module, "BLOCK", block)
     a, b = torch.full((4,), 1.0), torch.full((4,), 2.0)
-    assert checksum(torch.cat([a, b, b, a])) != checksum(torch.cat([b, a, a, b]))
+    assert gpu_sum(torch.cat([a, b, b, a])) != gpu_sum(torch.cat([b, a, a, b]))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_other_precisions(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("function", [checksum, gpu_sum])
+def test_other_precisions(function: Callable[[torch.Tensor], int], dtype: torch.dtype) -> None:
     tensor = torch.randn(5, 6, generator=torch.Generator().manual_seed(3)).to(dtype)
-    assert checksum(tensor) == checksum(tensor.clone()) != checksum(tensor.flip(0))
+    assert function(tensor) == function(tensor.clone()) != function(tensor.flip(0))

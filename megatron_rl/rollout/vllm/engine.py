@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_rl.metrics.progress import tick
 from megatron_rl.parallel.collect import from_first_rank, gather_over_world
-from megatron_rl.parallel.device import ON_CPU
+from megatron_rl.parallel.device import ON_CPU, device
 from megatron_rl.rollout.checksum import checksum
 from megatron_rl.rollout.engine import Sampling
 from megatron_rl.rollout.vllm.experts import pack_experts_again
@@ -57,7 +57,7 @@ class VLLMEngine:
         sleep: bool = False,
     ) -> None:
         self.answers, self.dtype, self.tied, self.tp = Answers(tokenizer, stop), dtype, tied, tp
-        self.version = -1
+        self.device, self.version = device(), -1
         self.taken: dict[str, int] = {}
         self.requests = 0
         self.sleeps = sleep and not ON_CPU  # vLLM does not on a CPU

@@ -54,6 +54,7 @@ class ServedEngine:
     ) -> None:
         self.broadcast, self.timeout_s = broadcast, timeout_s
         self.answers, self.dtype = Answers(tokenizer, stop), dtype
+        self.device = device() if broadcast else torch.device("cpu")
         self.version = -1
         self.drawing: ServedDrawing | None = None  # the last one
         self.fleet: Fleet | None = None
