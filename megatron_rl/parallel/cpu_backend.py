@@ -18,6 +18,7 @@ import types
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -203,6 +204,7 @@ def _routing(module: Any) -> None:
 
 def _linear(module: Any) -> None:
     def widened(linear: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        @wraps(linear)
         def forward(input: torch.Tensor, weight: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             wide = factor_dtype(input)
             return linear(input.to(wide), weight.to(wide), *args, **kwargs).to(input.dtype)
