@@ -10,8 +10,10 @@ from statistics import median
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from megatron_rl.bench.rows import Clock, Machine
+from megatron_rl.ops import products
 
 Work = Callable[[], object]
 _ORDER = 1024  # of the square matrices that a rate of products is measured with
@@ -57,15 +59,20 @@ def timed(work: Work, calls: int = 1, *, clock: Clock = "cpu") -> float:
 def gemm_rate(dtype: torch.dtype, *, clock: Clock = "cpu") -> float:
     """FLOP per second of a 1024^3 product: per core with `cpu`, of all threads with `wall`. Medians of five.
 
-    The better of the two products that a layer's forward pass and its weight's gradient are: a b^T and a^T b. In
-    bfloat16, on a CPU without instructions for it, layouts differ tenfold.
+    The better of the two products that a layer's forward pass and its weight's gradient are: a b^T and a^T b; in
+    bfloat16 on a CPU without instructions for it, of factors that are widened as training widens them.
     """
     a, b = (torch.randn(_ORDER, _ORDER).to(dtype) for _ in range(2))
-    seconds = []
+    out, seconds = torch.empty_like(a), []
     for left, right in ((a, b.t()), (a.t(), b)):
-        torch.mm(left, right)
-        seconds.append(median(timed(partial(torch.mm, left, right), clock=clock) for _ in range(5)))
+        work = partial(_product, left, right, out)
+        work()
+        seconds.append(median(timed(work, clock=clock) for _ in range(5)))
     return 2 * _ORDER**3 / min(seconds)
+
+
+def _product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    return products.mm(left.to(products.factor_dtype(left)), right, out=out)
 
 
 def copy_rate(*, clock: Clock = "cpu") -> float:
