@@ -10,6 +10,7 @@ from megatron_rl.planning.parameters import FLOAT32, model_parameters
 GIB = 2**30
 # Tensors [sequences, vocabulary] in float32 around one draw: logits, log-probabilities, their sorted and masked forms.
 DRAW_TENSORS = 5
+ROOM = 64  # tokens that keys and values have room for beyond those that are there
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,8 +65,8 @@ def engine_on_rank(config: Config, shape: ModelShape, width: int, world: int) ->
         cache = int(rollout.vllm.kv_cache_gb * GIB)
         return EngineBytes(weights=weights // rollout.vllm.tp, keys_values=cache, stays=True)
     sequences = sequences_at_once(config, world)
-    cache = sequences * keys_values(shape, width, longest_answer(config) - 1)
-    # A layer's keys are copied to append to them.
+    cache = sequences * keys_values(shape, width, longest_answer(config) - 1 + ROOM)
+    # A layer's keys are copied to make room.
     drawing = DRAW_TENSORS * FLOAT32 * sequences * shape.vocab_size + cache // (2 * shape.num_layers)
     drawing = max(drawing, prefill(shape, width, sequences * config.data.max_prompt_tokens))
     return EngineBytes(weights=weights, keys_values=cache, drawing=drawing)

@@ -34,8 +34,9 @@ def test_a_peak_is_of_the_work_alone() -> None:
     before = resident()
     large = peak_of(lambda: torch.ones(64 * MIB)) - before
     small = peak_of(lambda: torch.ones(8 * MIB)) - before
-    assert 256 * MIB <= large < 320 * MIB
-    assert 32 * MIB <= small < 96 * MIB
+    # The kernel counts resident pages in batches.
+    assert 250 * MIB <= large < 320 * MIB
+    assert 26 * MIB <= small < 96 * MIB
 
 
 def test_a_copy_moves_some_gigabytes_a_second() -> None:

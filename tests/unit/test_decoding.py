@@ -56,3 +56,10 @@ def test_answers_of_all_lengths_have_the_models_log_probabilities(kind: str) -> 
         assert (uniform[row, :length] <= cumulative.gather(1, answer[:, None])[:, 0] + 1e-6).all()
     assert drawn.tokens.shape == (len(PLACES), 70) and len(asked) == 70
     assert asked == sorted(asked, reverse=True) and asked[0] == 10 and asked[12] <= 5 and asked[-1] == 2
+
+
+def test_the_planner_counts_the_room() -> None:
+    from megatron_rl.planning import rollouts
+    from megatron_rl.rollout import decoding
+
+    assert rollouts.ROOM == decoding.ROOM
