@@ -7,6 +7,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from megatron_rl.ops.products import factor_dtype
 from tests.dist.pool import Pool
 
 TOOL = Path(__file__).parents[2] / "tools" / "check_memory.py"
@@ -39,7 +40,12 @@ def measured(name: str, path: str) -> list[tuple]:
     return [tuple(row) for row in tool().measure(name, path)]
 
 
-@pytest.mark.parametrize("name", [*SHORT, *(pytest.param(name, marks=pytest.mark.full) for name in LONG)])
+SLOW = factor_dtype(torch.empty(0, dtype=torch.bfloat16)) != torch.bfloat16
+needs_instructions = pytest.mark.skipif(SLOW, reason="this CPU has no instructions for bfloat16: it takes minutes")
+SHORT_CASES = [pytest.param(name, marks=needs_instructions if "bf16" in name else ()) for name in SHORT]
+
+
+@pytest.mark.parametrize("name", [*SHORT_CASES, *(pytest.param(name, marks=pytest.mark.full) for name in LONG)])
 def test_predicted_is_measured(pool: Pool, tmp_path: Path, name: str) -> None:
     checks = tool()
     assert set(SHORT) | set(LONG) == set(checks.CASES)
