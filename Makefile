@@ -15,7 +15,7 @@ TRL_LOCK = .ci/trl-cpu.lock
 TRL_VENV = .venv-trl-$(shell sha256sum $(TRL_LOCK) | cut -c 1-12)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install venv-trl quickstart test test-full test-vllm test-slurm lint format clean
+.PHONY: help venv install venv-vllm venv-trl quickstart test test-full test-vllm test-slurm lint format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,8 @@ $(STAMP): setup.py
 	@$(PIP) --editable '.[tasks,dev]'
 	@touch $@
 
+venv-vllm: $(VLLM_VENV)/.installed ## Create an environment for vLLM, which make test-vllm and ENGINE=vllm use
+
 $(VLLM_VENV)/.installed: $(VLLM_LOCK)
 	@echo "creating $(VLLM_VENV); this takes a few minutes"; python3.11 -m venv $(VLLM_VENV)
 	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $(VLLM_LOCK)
@@ -54,19 +56,20 @@ quickstart: $(QUICKSTART)/.installed ## Teach a small model a task and plot its 
 	$(QUICKSTART)/bin/python examples/quickstart/quickstart.py --seed $(SEED) --layout $(LAYOUT) --engine $(ENGINE)
 
 test: venv ## The tests that every change must pass
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not full" -n 2 --dist loadfile \
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not full" -n 3 --dist loadfile \
 		--ignore tests/dist --ignore tests/loop --ignore tests/slurm --ignore tests/kernels
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -m interpreter -n 2 tests/kernels
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not interpreter" -n 2 -rs tests/kernels
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not full" tests/dist tests/loop
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not full" -n 2 --dist loadfile tests/dist tests/loop
 
-test-full: venv ## The long comparisons and matrices
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m full
+test-full: venv venv-vllm ## The long comparisons and matrices
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m full --ignore tests/vllm
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -m full tests/vllm
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 MEGATRON_RL_KERNELS=triton $(VENV)/bin/python -m pytest \
 		tests/dist/test_linear_stats.py tests/dist/test_lists.py
 
 test-vllm: $(VLLM_VENV)/.installed ## Rollouts by vLLM, in an environment of its own
-	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -m "not full" tests/vllm
 
 # Where nobody may install Slurm, the tests are skipped and say so.
 test-slurm: venv ## Jobs on a Slurm of this machine, which root installs by apt-get

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -80,7 +79,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def warm_start(place: Path) -> Path:
     """The model after a short supervised run on two tensor-parallel ranks, from the command line."""
     overrides = ["parallel.tp=2", "train.steps=45", "eval.every=0", "eval.limit=200"]
-    started = time.time()
     done = command("train", f"{QUICKSTART}/sft.yaml", *overrides, cwd=place)
     assert done.returncode == 0, done.stdout + done.stderr
     said = {line[:14].strip(): line[15:] for line in done.stdout.splitlines()}
@@ -90,10 +88,7 @@ def warm_start(place: Path) -> Path:
     # 4 bytes for each weight and its gradient, 8 for Adam; half of most tensors on either rank.
     assert said["memory"].startswith("weights, gradients and optimizer 0.002 GiB on this rank")
     assert done.stdout.splitlines()[-1].startswith("step 45/45  accuracy 0.")
-    run = place / "runs" / "quickstart" / "sft"
-    # About 15 s on two cores that do nothing else.
-    assert steps(run)[1]["time"] - started < 75
-    return run
+    return place / "runs" / "quickstart" / "sft"
 
 
 def greedy_accuracy(model: Path, data: Path, limit: int) -> float:

@@ -76,6 +76,7 @@ def test_asked_to_stop_it_saves_and_goes_on(cluster: Cluster, place: Path, alone
     assert figures == {name: last[name] for name in figures} and "val/accuracy" in figures
 
 
+@pytest.mark.full
 def test_it_makes_room_and_goes_on(cluster: Cluster, place: Path, alone: Path) -> None:  # noqa: F811
     run = place / "runs" / "preempted"
     (job,) = submit(cluster, place, *TWO_NODES, "--partition=low", "parallel.tp=2", *OPTIONS, f"run.dir={run}")

@@ -308,6 +308,7 @@ def test_a_killed_server_costs_nothing_but_time(pool: Pool, folder: Path, tmp_pa
     assert leftovers() == before
 
 
+@pytest.mark.full
 def test_two_servers_share_the_work(pool: Pool, folder: Path, tmp_path: Path) -> None:
     """On two ranks, with servers of two processes each."""
     before = leftovers()
