@@ -44,6 +44,9 @@ class Engine(Protocol):
     device: torch.device
     """Where it takes their checksums."""
 
+    takes: bool
+    """Whether it takes the tensors of this rank, or another's."""
+
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Takes every tensor of the model, by its Hugging Face name."""
 

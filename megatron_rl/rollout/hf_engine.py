@@ -41,7 +41,7 @@ class HFEngine:
         self.tokenizer, self.stop, self.pad, self.max_sequences = tokenizer, stop, pad, max_sequences
         self.model = AutoModelForCausalLM.from_config(load_config(path), dtype=dtype, attn_implementation=ATTENTION)
         self.model.to(device()).eval()
-        self.dtype, self.device = dtype, device()
+        self.dtype, self.device, self.takes = dtype, device(), True
         self.version = -1
 
     @torch.no_grad()

@@ -26,14 +26,16 @@ def push(
 ) -> dict[str, float]:
     """Gives the engine the weights of `version`, unless it has them, and checks that every rank's engine took them.
 
-    Every tensor's checksum is taken on its way to the engine, and again of the engine's own copy. Collective.
+    Every tensor's checksum is noted on its way to the engine, and taken again of the engine's own copy. Collective.
     """
     if engine.version != version:
         sent: dict[str, int] = {}
-        engine.load_weights(_noting(named_weights(), engine, sent) if check else named_weights(), version)
+        noting = check and engine.takes
+        engine.load_weights(_noting(named_weights(), engine, sent) if noting else named_weights(), version)
         held = engine.checksums(sent)
         # On all ranks alike: one that stopped by itself would leave the others waiting.
-        check_weights(gather_over_world([name for name in sent if held[name] != sent[name]]), len(sent), version)
+        wrong = gather_over_world([name for name in sent if held[name] != sent[name]])
+        check_weights(wrong, max(gather_over_world([len(sent)])), version)
     return {"sync/wrong_tensors": 0.0} if check else {}
 
 

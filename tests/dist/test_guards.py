@@ -136,8 +136,8 @@ def spoil(parameter: Tensor, fault: str) -> None:
         parameter.fill_(0.5)
 
 
-def push_to(directory: str, fault: str, check: bool) -> str:
-    """What a sync says where the engine of the last rank has a fault."""
+def push_to(directory: str, fault: str, check: bool, taker: int | None = None) -> str:
+    """What a sync says where the engine of the last rank has a fault, and of all ranks or one the tensors are taken."""
     from megatron_rl.data.tokenizer import load_tokenizer
     from megatron_rl.rollout.hf_engine import HFEngine
     from megatron_rl.rollout.sync import WeightSyncError, push
@@ -151,6 +151,7 @@ def push_to(directory: str, fault: str, check: bool) -> str:
 
     worker = make_worker(directory, {"tp": 2})
     engine = Faulty(directory, load_tokenizer(directory), dtype=torch.float32, stop=(2,), pad=0, max_sequences=4)
+    engine.takes = taker in (None, dist.get_rank())
     try:
         figures = push(worker.named_hf_weights, engine, 3, check=check)
     except WeightSyncError as error:
@@ -167,3 +168,9 @@ def test_an_engine_that_does_not_hold_what_it_was_sent_stops_every_rank(pool: Po
             assert VICTIM in said and "Likely cause: the engine dropped, permuted or rounded" in said
     assert pool.run(push_to, 2, model, "", True) == ["{'sync/wrong_tensors': 0.0}"] * 2
     assert pool.run(push_to, 2, model, "rounds", False) == ["{}"] * 2
+
+
+def test_where_an_engine_takes_one_ranks_tensors_they_alone_are_compared(pool: Pool, model: str) -> None:
+    said = pool.run(push_to, 2, model, "rounds", True, 1)
+    assert said[0] == said[1] and "1 of 50 tensors" in said[0]
+    assert pool.run(push_to, 2, model, "rounds", True, 0) == ["{'sync/wrong_tensors': 0.0}"] * 2

@@ -57,7 +57,7 @@ class VLLMEngine:
         sleep: bool = False,
     ) -> None:
         self.answers, self.dtype, self.tied, self.tp = Answers(tokenizer, stop), dtype, tied, tp
-        self.device, self.version = device(), -1
+        self.device, self.takes, self.version = device(), True, -1
         self.taken: dict[str, int] = {}
         self.requests = 0
         self.sleeps = sleep and not ON_CPU  # vLLM does not on a CPU

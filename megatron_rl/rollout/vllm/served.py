@@ -55,10 +55,11 @@ class ServedEngine:
         self.broadcast, self.timeout_s = broadcast, timeout_s
         self.answers, self.dtype = Answers(tokenizer, stop), dtype
         self.device = device() if broadcast else torch.device("cpu")
+        self.takes = dist.get_rank() == 0
         self.version = -1
         self.drawing: ServedDrawing | None = None  # the last one
         self.fleet: Fleet | None = None
-        if dist.get_rank() == 0:
+        if self.takes:
             parent = exchange or (SHARED_MEMORY if SHARED_MEMORY.is_dir() else None)
             self.folder = Path(tempfile.mkdtemp(prefix="megatron_rl-", dir=parent))
             self.files = WeightFiles(self.folder)
