@@ -11,9 +11,9 @@ The limit are the matrix products that the operator executed, noted while it ran
 operator reaches with them.
 
 Operator, products and baseline take turns, but with `--plain-once` for the baseline, of which the first call is timed
-then: in bfloat16 it takes minutes on a CPU without instructions for it. Peaks are of the first call of each at this
-size: the most that was resident at once, less what was with the inputs made. They hold the weight's gradient, which
-every variant needs. The plain case takes some 6 GiB.
+then, which flatters the ratio, for later calls find their memory made: in bfloat16 it takes minutes on a CPU without
+instructions for it. Peaks are of the first call of each at this size: the most that was resident at once, less what was
+with the inputs made. They hold the weight's gradient, which every variant needs. The plain case takes some 6 GiB.
 """
 
 import argparse
