@@ -29,9 +29,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from bench_train import SHAPES, make_samples
+from bench_train import make_samples
 from transformers import LlamaConfig
 
+from megatron_rl.bench.models import SIZES
 from megatron_rl.config.schema import ModelConfig, OptimConfig
 from megatron_rl.data.samples import Sample
 from megatron_rl.models.hf_config import ModelShape
@@ -245,7 +246,7 @@ def rates(found: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--size", nargs="+", choices=SIZES, default=["8m", "50m"])
     parser.add_argument("--ranks", nargs="+", type=int, choices=(2, 4), default=[2, 4], help="beside one")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--sequences", type=int, default=8, help="of one rank, a multiple of --micro-batches")
@@ -268,7 +269,7 @@ def report(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for size in options.size:
             heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 1024}
-            LlamaConfig(**SHAPES[size], **heads, tie_word_embeddings=False).save_pretrained(Path(folder, size))
+            LlamaConfig(**SIZES[size], **heads, tie_word_embeddings=False).save_pretrained(Path(folder, size))
         told = Options(options.size, options.steps, options.sequences, options.length, options.micro_batches, folder)
         alone: dict[str, Any] = {}
         for ranks in (1, *options.ranks):

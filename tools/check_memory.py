@@ -93,6 +93,11 @@ CASES = {
 }
 
 
+def _has_storage(value: object) -> bool:
+    """A sparse tensor has none of its own; its indices and values were seen when they were made."""
+    return isinstance(value, Tensor) and not value.is_sparse
+
+
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all storages that were made in it and are not freed; `peak` is the most since `reset`."""
 
@@ -103,8 +108,8 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        for value in tree_iter(result):
-            if isinstance(value, Tensor) and value.device.type == "cpu":
+        for value in filter(_has_storage, tree_iter(result)):
+            if value.device.type == "cpu":
                 storage = value.untyped_storage()
                 if storage._cdata not in self.storages and storage.nbytes():
                     self.storages[storage._cdata] = storage._weak_ref(), storage.nbytes()

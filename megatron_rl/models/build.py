@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import megatron_rl.parallel.device as device
+from megatron_rl.models.embedding import Embedding
 from megatron_rl.models.hf_config import Experts, ModelShape, check_layout, layers_on_last_stage
 from megatron_rl.models.hf_map import SCALAR_HEAD, Heads, WeightMap
 from megatron_rl.models.layer_specs import layer_spec
@@ -162,6 +163,8 @@ def build_model(shape: ModelShape, mesh: Mesh, dtype: torch.dtype) -> list[Langu
             position_embedding_type="rope",
             vp_stage=vp_stage,
         )
+        if model.pre_process:
+            Embedding.take(model.embedding.word_embeddings)
         model.shape = shape
         model.ep_rank = mesh.ep_rank
         model.experts_per_rank = shape.experts.num_experts // mesh.ep_size if shape.experts else 0

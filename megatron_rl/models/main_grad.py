@@ -2,9 +2,9 @@
 
 megatron-core's DDP adds a parameter's gradient to its `main_grad` in a hook, unless `grad_added_to_main_grad` says that
 this was done. The hook has to run all the same, for it counts the gradients of a bucket, so that the parameter is given
-a gradient without meaning. Where the embedding is the same parameter (`zero_out_wgrad`), the hook adds what autograd
-has, which is the embedding's gradient plus this one: then this one is zeros. On another pipeline stage the head's copy
-is a parameter of its own, and megatron-core adds up both `main_grad`.
+a gradient: a sparse one without entries, which takes no memory. Where the embedding is the same parameter
+(`zero_out_wgrad`), the hook adds what autograd has, which is the embedding's gradient plus this one. On another
+pipeline stage the head's copy is a parameter of its own, and megatron-core adds up both `main_grad`.
 """
 
 from typing import Any
@@ -39,6 +39,8 @@ class _Added(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None) -> Tensor:
         assert grad is None, "the operator adds the gradient itself"
-        ctx.parameter.grad_added_to_main_grad = True
-        zeroed = getattr(ctx.parameter, "zero_out_wgrad", False)
-        return torch.zeros_like(ctx.parameter) if zeroed else torch.empty_like(ctx.parameter)
+        parameter = ctx.parameter
+        parameter.grad_added_to_main_grad = True
+        nowhere = torch.empty(1, 0, dtype=torch.int64, device=parameter.device)
+        nothing = parameter.new_empty(0, *parameter.shape[1:])
+        return torch.sparse_coo_tensor(nowhere, nothing, parameter.shape, check_invariants=True)

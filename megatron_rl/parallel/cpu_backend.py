@@ -218,6 +218,18 @@ def _linear(module: Any) -> None:
 _LINEAR = ("linear_with_grad_accumulation_and_async_allreduce", "linear_with_frozen_weight")
 
 
+def _reduction(module: Any) -> None:
+    reduce_scatter = module.dist_reduce_scatter_func
+
+    def reduced(output: torch.Tensor, input: torch.Tensor, *, group: Any, **options: Any) -> Any:
+        if group.size() == 1:
+            assert output.data_ptr() == input.data_ptr() and output.shape == input.shape
+            return None
+        return reduce_scatter(output, input, group=group, **options)
+
+    module.dist_reduce_scatter_func = reduced
+
+
 def _jit(module: Any) -> None:
     module.disable_jit_fuser()
 
@@ -253,6 +265,13 @@ DEBTS = (
         "the router asks whether Transformer Engine has given it a product, under a name that without it does not "
         "exist; and counts of tokens are kept alive for a stream of copies, of which a CPU has none",
         _routing,
+    ),
+    Debt(
+        f"{PACKAGE}.distributed.param_and_grad_buffer",
+        ("dist_reduce_scatter_func",),
+        "distributed/param_and_grad_buffer.py:36,443",
+        "gloo copies all gradients to sum them over one rank, which has the sum already",
+        _reduction,
     ),
     Debt(
         f"{PACKAGE}.tensor_parallel.random",

@@ -141,7 +141,8 @@ def _held(case: Case, stage: int) -> Iterator[tuple[str, int]]:
     yield "gradients", actor.gradients
     yield "optimizer", actor.optimizer
     if keeps_average(config):
-        if not _is_offloaded(config):
+        # A teacher in float32 is the average.
+        if not _is_offloaded(config) and not (isinstance(config, SdpoConfig) and width == FLOAT32):
             yield "average of the weights", actor.average
         if not isinstance(config, SdpoConfig):
             yield "model of the average", frozen.weights

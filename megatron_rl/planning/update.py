@@ -18,26 +18,23 @@ def update_moments(
 ) -> dict[str, dict[str, int]]:
     """Per moment, the bytes beyond what is held between steps: `activations`, `lm-head` and `gradients` in passing.
 
-    The forward pass is at its fullest in the loss, the backward pass in the loss, in the final norm, in the last layer
-    or at the embedding. Of a tied embedding without pipeline the head's gradient waits for the embedding's.
+    The forward pass is at its fullest in the loss, the backward pass in the loss, in the final norm or in the last
+    layer.
     """
     layout, shape = at.layout, at.shape
     kept = kept_bytes(at, stage, micro_batches)
-    embedding = at.width * vocabulary_rows(shape, layout) * shape.hidden_size
-    waiting = embedding if shape.tied and layout.pp == 1 else 0
-    moments = {"a layer's backward pass": {"activations": kept + layer_backward_bytes(at), "gradients": waiting}}
+    moments = {"a layer's backward pass": {"activations": kept + layer_backward_bytes(at)}}
     if stage == layout.pp - 1:
         with_norm = kept + norm_bytes(at, at.rows, shape.hidden_size) + at.gathered
-        moments["the final norm"] = {"activations": with_norm + norm_backward_bytes(at), "gradients": waiting}
+        moments["the final norm"] = {"activations": with_norm + norm_backward_bytes(at)}
         moments["the loss"] = _in_the_loss(at, with_norm, loss_tokens, entropy_bonus=entropy_bonus)
-    if stage == 0:
-        passes = layout.in_flight(stage, micro_batches)
-        others = kept * (passes - 1) // passes
-        moments["the embedding"] = {"activations": others + at.stream, "gradients": embedding + waiting}
     if at.build is Build.local:
-        largest = max(bucket.padded for bucket in buckets(shape, layout, stage))
+        shared = (bucket.padded for bucket in buckets(shape, layout, stage) if bucket.shared_by > 1)
         left = layers_per_chunk(shape, layout, stage) * at.dispatched if layout.recompute else 0
-        moments["the reduction"] = {"activations": left, "gradients": FLOAT32 * largest}  # gloo reduces a copy
+        moments["the reduction"] = {
+            "activations": left,
+            "gradients": FLOAT32 * max(shared, default=0),
+        }  # gloo reduces a copy
     return moments
 
 

@@ -30,20 +30,20 @@ def head_forward_bytes(tokens: int, hidden: int, rows: int, width: int) -> int:
 def head_backward_bytes(
     tokens: int, hidden: int, rows: int, width: int, build: Build, *, entropy_bonus: bool = False
 ) -> int:
-    """Kept logits, the buffers of a chunk, and the gradients of both factors, the weight's e V' H whole.
+    """Kept logits, the buffers of a chunk, and the hidden states' gradient, summed in float32: 4 N H.
 
-    The hidden states' is summed in float32: 4 N H. Of a narrower dtype come a chunk's gradient, its product and, on a
+    The weight's goes to megatron-core's. Of a narrower dtype come a chunk's gradient, its product and, on a
     CPU, the chunk of the weight by columns. An entropy bonus takes one more chunk, 4 N C.
     """
     columns = min(VOCABULARY_CHUNK, rows)
-    gradients = width * rows * hidden + FLOAT32 * tokens * hidden
+    gradient = FLOAT32 * tokens * hidden
     narrow = 0
     if width < FLOAT32:
         narrow = width * (tokens * columns + tokens * hidden + (columns * hidden if build is Build.local else 0))
     bonus = FLOAT32 * tokens * columns if entropy_bonus else 0
     kept = kept_logits(tokens, rows, width)
     states = width * tokens * hidden
-    return kept + chunk_buffers(tokens, rows, width) + states + gradients + narrow + bonus
+    return kept + chunk_buffers(tokens, rows, width) + states + gradient + narrow + bonus
 
 
 def teacher_head_bytes(tokens: int, hidden: int, rows: int, width: int, *, listed: int, full: bool, mixed: bool) -> int:

@@ -56,39 +56,57 @@ class WeightAverage:
 
     It starts as a copy. `num_updates` counts what has changed it since, refreshes too. What is not trained has no
     shard: frozen parameters and buffers are the worker's.
+
+    A `model` follows it, in its own precision: each update is written there in the same pass over the shards. The
+    weights of a float32 model are the average itself, unless that is kept off the device.
     """
 
-    def __init__(self, worker: ModelWorker, decay: Callable[[int], float], *, offload: bool = False) -> None:
-        self.worker, self.decay = worker, decay
+    def __init__(
+        self,
+        worker: ModelWorker,
+        decay: Callable[[int], float],
+        *,
+        offload: bool = False,
+        model: ShardedModel | None = None,
+    ) -> None:
+        self.worker, self.decay, self.model = worker, decay, model
         self.num_updates = 0
         place = torch.device("cpu") if offload else device()
-        self.shards = {
-            shard.parameter: shard.tensors[adam_state.MASTER].detach().to(place, copy=True)
-            for shard in adam_state.shards(worker.optimizer)
-        }
+        held = list(adam_state.shards(worker.optimizer))
+        followers = self._own(self._flat(model)) if model is not None else []
+        self._is_model = all(x.dtype == torch.float32 and x.device == place for x in followers) and bool(followers)
+        if self._is_model:
+            self.shards = {shard.parameter: x for shard, x in zip(held, followers, strict=True)}
+            for average, weights in self._pairs():
+                average.copy_(weights)
+        else:
+            self.shards = {x.parameter: x.tensors[adam_state.MASTER].detach().to(place, copy=True) for x in held}
+        self.show()
 
-    def update(self, model: ShardedModel | None = None) -> float:
-        """One update from the worker's weights, without communication; the decay that it had.
-
-        With a model it is written there as by `write_to`, in the same pass over the shards.
-        """
+    def update(self) -> float:
+        """One update from the worker's weights, without communication but for a model that follows; its decay."""
         decay = self.decay(self.num_updates)
-        self._update(decay, model)
+        self._update(decay)
         return decay
 
-    def refresh(self, model: ShardedModel | None = None) -> None:
+    def refresh(self) -> None:
         """The average becomes a copy of the weights: an update of decay 0."""
-        self._update(0.0, model)
+        self._update(0.0)
 
-    def _update(self, decay: float, model: ShardedModel | None) -> None:
+    def show(self) -> None:
+        """Fills the model that follows, if there is one. Collective."""
+        if self.model is not None:
+            self.write_to(self.model)
+
+    def _update(self, decay: float) -> None:
         averages, weights = zip(*self._pairs(), strict=True)
         self.num_updates += 1
-        if model is None:
+        if self.model is None:
             ema.ema_update_(averages, weights, decay)
             return
-        flat = self._flat(model)
-        ema.ema_update_(averages, weights, decay, copies=self._own(flat))
-        self._complete(model, flat)
+        flat = self._flat(self.model)
+        ema.ema_update_(averages, weights, decay, copies=None if self._is_model else self._own(flat))
+        self._complete(self.model, flat)
 
     def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Average and weights of each shard, where the average is kept."""
@@ -164,3 +182,4 @@ class WeightAverage:
         for number, part in enumerate(self.worker.optimizer.chained_optimizers):
             adam_state.take(part, state["shards"][number], self.shards.__getitem__)
         self.num_updates = state["num_updates"]
+        self.show()

@@ -28,8 +28,7 @@ class Teacher:
         self.average: WeightAverage | None = None
         self.batches = 0  # rollout batches in which the actor moved
         if config.mode is TeacherMode.ema or config.refresh_every:
-            self.average = WeightAverage(actor, decay_of(config), offload=config.offload)
-            self.average.write_to(self.model)
+            self.average = WeightAverage(actor, decay_of(config), offload=config.offload, model=self.model)
 
     @property
     def mixes(self) -> bool:
@@ -62,7 +61,7 @@ class Teacher:
         self.batches += 1
         if self.config.refresh_every and self.batches % self.config.refresh_every == 0:
             assert self.average is not None
-            self.average.refresh(self.model)
+            self.average.refresh()
             return self._figures(0.0)
         return self._move(TeacherUpdate.rollout)
 
@@ -70,7 +69,7 @@ class Teacher:
         """An averaged teacher's update towards the actor, if this is the time for it."""
         if self.average is None or self.config.mode is not TeacherMode.ema or self.config.every is not when:
             return {}
-        return self._figures(self.average.update(self.model))
+        return self._figures(self.average.update())
 
     def _figures(self, decay: float) -> dict[str, float]:
         assert self.average is not None
@@ -89,5 +88,3 @@ class Teacher:
         """Takes back what `sharded_state` gave out."""
         self.batches = state["batches"]
         (self.average or self.model).load_state(state)
-        if self.average is not None:
-            self.average.write_to(self.model)

@@ -114,12 +114,12 @@ def follow_in_bfloat16(model: str, layout: dict) -> tuple[list[dict], list[dict]
     from megatron_rl.workers.average import WeightAverage
 
     worker = make_worker(model, layout, "bfloat16", lr=1e-5, eps=1e-4, weight_decay=0.0)
-    average, masters = WeightAverage(worker, lambda _: 0.9), WeightAverage(worker, lambda _: 0.0)
-    history, wide = [weights_of(worker)], [exported(masters)]
     seen = empty_model(worker, "bfloat16")
+    average, masters = WeightAverage(worker, lambda _: 0.9, model=seen), WeightAverage(worker, lambda _: 0.0)
+    history, wide = [weights_of(worker)], [exported(masters)]
     for _ in range(4):
         update(worker)
-        average.update(seen), masters.update()
+        average.update(), masters.update()
         assert seen.version == average.num_updates
         history.append(weights_of(worker))
         wide.append(exported(masters))
@@ -145,6 +145,35 @@ def test_in_bfloat16_it_moves_by_less_than_a_weight_can(pool: Pool, model: str, 
             moved += int((value != wide[0][name])[large].sum())
             elements += int(large.sum())
         assert moved > 0.5 * elements > 0, (moved, elements)
+
+
+def follow_in_float32(model: str, layout: dict, offload: bool) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
+    """What a float32 model that follows an average has, an average alone, and how many shards are the model's own."""
+    from megatron_rl.workers.average import WeightAverage
+
+    worker = make_worker(model, layout, **OPTIM)
+    seen = empty_model(worker, "float32")
+    average, alone = (
+        WeightAverage(worker, lambda _: 0.9, model=seen, offload=offload),
+        WeightAverage(worker, lambda _: 0.9),
+    )
+    update(worker)
+    assert average.update() == alone.update()
+    own = {parameter.untyped_storage().data_ptr() for chunk in seen.models for parameter in chunk.parameters()}
+    return (
+        weights_of(seen),
+        exported(alone),
+        sum(x.untyped_storage().data_ptr() in own for x in average.shards.values()),
+    )
+
+
+@pytest.mark.parametrize("offload", [False, pytest.param(True, marks=pytest.mark.full)])
+def test_in_float32_a_model_that_follows_is_the_average(pool: Pool, model: str, offload: bool) -> None:
+    """On a CPU also one that is kept there: nothing else would be elsewhere."""
+    world, options = LAYOUTS["dp2"]
+    for seen, alone, own in pool.run(follow_in_float32, world, model, options, offload):
+        assert own > 3 and seen.keys() == alone.keys()
+        assert all(torch.equal(seen[name], alone[name]) for name in alone)
 
 
 def freeze_and_follow(model: str) -> tuple[dict, dict]:

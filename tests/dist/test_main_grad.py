@@ -127,10 +127,8 @@ def head_alone(directory: str, twice: bool) -> tuple[Tensor, Tensor, list[torch.
     with torch.no_grad():
         weight, main_grad = with_main_grad(head)
         assert weight is head and main_grad is None
-    if getattr(head, "zero_out_wgrad", False):
-        assert model.shape.tied and not any(gradient.any() for gradient in autograd)
-    else:
-        assert not model.shape.tied
+    assert getattr(head, "zero_out_wgrad", False) == model.shape.tied
+    assert all(gradient.is_sparse and not gradient._nnz() for gradient in autograd)
     return head.main_grad.clone(), dense.grad, [gradient.shape for gradient in autograd]
 
 
