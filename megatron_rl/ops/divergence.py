@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_rl.ops.dispatch import uses_triton
 from megatron_rl.ops.linear_stats import LinearStats, linear_stats, stats_of
-from megatron_rl.ops.logit_stream import VOCABULARY_CHUNK, exp_, head_gradients, keeping, logit_chunks
+from megatron_rl.ops.logit_stream import VOCABULARY_CHUNK, exp_, exp_of, head_gradients, keeping, logit_chunks
 from megatron_rl.ops.summary import FLOOR, summarise, within
 from megatron_rl.ops.vocab_shard import VocabShard
 
@@ -58,7 +58,7 @@ def paired_stats(
     k: int,
     shard: VocabShard,
     figures: bool = True,
-    chunk: int = VOCABULARY_CHUNK,
+    chunk: int | None = None,
 ) -> Pair:
     """Both heads' statistics at the k ids that are most likely to the `support`; differentiable in the student.
 
@@ -131,7 +131,7 @@ def full_divergence(
     alpha: float,
     k: int = 0,
     shard: VocabShard,
-    chunk: int = VOCABULARY_CHUNK,
+    chunk: int | None = None,
 ) -> FullDivergence:
     """The divergence over the whole vocabulary, and statistics of both heads; differentiable in the student.
 
@@ -157,7 +157,7 @@ def full_divergence(
         (student.temperature, teacher.temperature),
         alpha,
         k,
-        chunk,
+        chunk or VOCABULARY_CHUNK[student.hidden.device.type],
         student.main_grad,
     )
     stats = [LinearStats(numbers[i], numbers[i + 1], largest_ids=numbers[i + 2]) for i in (0, 3)]
@@ -291,9 +291,9 @@ def _mixture(student: Tensor, teacher: Tensor, alpha: float) -> Tensor:
 def _sums(student: Tensor, teacher: Tensor, alpha: float) -> Tensor:
     """[N, 2]: the columns' part of the loss, and of sum_v dL / dlog s_v."""
     if alpha == 0:
-        t = exp_(teacher.clone())
+        t = exp_of(teacher)
         return torch.stack([(t * (teacher - student)).sum(1), -t.sum(1)], 1)
-    s = exp_(student.clone())
+    s = exp_of(student)
     if alpha == 1:
         kl = (s * (student - teacher)).sum(1)
         return torch.stack([kl, kl + s.sum(1)], 1)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.ops.dispatch import uses_triton
-from megatron_rl.ops.logit_stream import exp_, logit_chunks, wide_dtype
+from megatron_rl.ops.logit_stream import exp_, exp_of, logit_chunks, wide_dtype
 from megatron_rl.ops.shard_part import ShardPart
 from megatron_rl.ops.topk import Given, Largest, Places, merge_largest
 from megatron_rl.ops.vocab_shard import VocabShard
@@ -101,14 +101,17 @@ def _shard_rows(
     for columns, logits in chunks:
         label_logit = at_labels(logits, labels - columns.start)
         top = logits.amax(1).clamp(min=least)
-        taken = [entries.take(logits, columns, top) for entries in (largest, given) if entries is not None]
+        taken = [entries.take(logits, columns) for entries in (largest, given) if entries is not None]
         logits.sub_(top[:, None])
-        exp = exp_(logits.clamp_(min=FLOOR).clone() if entropy else logits)
+        exp = exp_of(logits.clamp_(min=FLOOR)) if entropy else exp_(logits)
         more = [logits.mul_(exp).sum(1)] if entropy else []
         if taken:
-            more += [exp.sum(1)] if entropy else []
-            exp[taken[-1].rows, taken[-1].columns] = 0
-        rows = merge_rows(torch.stack([rows, torch.stack([top, exp.sum(1), label_logit, *more], 1)]))
+            listed = (taken[-1].rows, taken[-1].columns)
+            of_listed = top.new_zeros(len(top)).index_add_(0, listed[0], exp[listed]) if entropy else None
+            exp[listed] = 0
+        rest = exp.sum(1)
+        more += [rest + of_listed] if taken and of_listed is not None else []
+        rows = merge_rows(torch.stack([rows, torch.stack([top, rest, label_logit, *more], 1)]))
         if taken:
             losing = taken[-1].losing_rows
             rows[losing, 1] += (taken[-1].losers - rows[losing, :1]).exp().sum(1)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 NO_ID = 2**31 - 1  # of an empty place in a list; larger than every id
+BLOCK = 64  # columns that are left out together where their maximum does not enter
 
 
 class Taken(NamedTuple):
@@ -31,33 +32,52 @@ class Largest:
         self.values = like.new_empty(like.shape[0], 0)
         self.ids = torch.empty_like(self.values, dtype=torch.int64)
 
-    def take(self, logits: Tensor, columns: slice, top: Tensor) -> Taken:
-        """Enters a chunk, whose ids are larger than all before; `top` [N] is its maximum."""
-        width, full = self.values.shape[1], self.values.shape[1] == self.k
-        last = self.values[:, -1] if full else top.new_full(top.shape, -torch.inf)
-        rows = ((top > last) | (last == -torch.inf)).nonzero()[:, 0]
-        if rows.numel() == 0:
-            return Taken(rows, rows, rows, logits.new_empty(0, 0))
-        chosen = logits if len(rows) == len(logits) else logits.index_select(0, rows)
-        enters = chosen > last[rows, None] if full else torch.ones_like(chosen, dtype=torch.bool)
-        counts = enters.sum(1)
-        if 2 * self.k < int(counts.max()):
-            enters &= chosen >= chosen.topk(self.k).values[:, -1:]
-            counts = enters.sum(1)
-        row, column = enters.nonzero().unbind(1)
-        place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
-        entering = chosen.new_full((len(rows), int(counts.max())), -torch.inf)
-        entering[row, place] = chosen[row, column]
-        ids = torch.full_like(entering, NO_ID, dtype=torch.int64)
-        ids[row, place] = column + columns.start
-        values, order = torch.cat([self.values[rows], entering], 1).sort(dim=1, descending=True, stable=True)
-        ids = torch.cat([self.ids[rows], ids], 1).gather(1, order)
+    def take(self, logits: Tensor, columns: slice) -> Taken:
+        """Enters a chunk, whose ids are larger than all before."""
+        full = self.values.shape[1] == self.k
+        row, column, value = self._entries(logits, full)
+        if len(row) == 0:
+            return Taken(row, row, row, logits.new_empty(0, 0))
+        counts = row.bincount(minlength=len(logits))
+        rows = (counts if full else torch.ones_like(counts)).nonzero()[:, 0]
+        nth = torch.arange(len(row), device=row.device).sub_((counts.cumsum(0) - counts)[row])
+        place = (torch.searchsorted(rows, row), nth)
+        values = torch.cat([self.values[rows], value.new_full((len(rows), int(counts.max())), -torch.inf)], 1)
+        ids = torch.cat(
+            [self.ids[rows], torch.full_like(values[:, self.values.shape[1] :], NO_ID, dtype=torch.int64)], 1
+        )
+        values[:, self.values.shape[1] :][place] = value
+        ids[:, self.values.shape[1] :][place] = column + columns.start
+        del place, nth, value
+        values, order = values.sort(dim=1, descending=True, stable=True)
+        ids = ids.gather(1, order)
         width = min(self.k, values.shape[1])
         if full:
             self.values[rows], self.ids[rows] = values[:, :width], ids[:, :width]
         else:
             self.values, self.ids = values[:, :width].contiguous(), ids[:, :width].contiguous()
-        return Taken(rows[row], column, rows, values[:, width:])
+        return Taken(row, column, rows, values[:, width:].clone())
+
+    def _entries(self, logits: Tensor, full: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """(tokens, columns, logits) of what enters, at most 2 k of a token that do not tie; only blocks whose maximum
+        enters are looked into.
+        """
+        # What enters is larger than a full list's last, or else among the chunk's own largest.
+        bound = self.values[:, -1] if full else logits.topk(min(self.k, logits.shape[1])).values[:, -1]
+        blocks = logits.unflatten(1, (-1, BLOCK if logits.shape[1] % BLOCK == 0 else logits.shape[1]))
+        of, block = _enters(blocks.amax(2), bound[:, None], full).nonzero().unbind(1)
+        found = blocks[of, block]
+        place, inside = _enters(found, bound[of, None], full).nonzero().unbind(1)
+        row, column, value = of[place], block[place] * blocks.shape[2] + inside, found[place, inside]
+        if len(row) and 2 * self.k < int(row.bincount().max()):
+            stays = _enters(value, logits.topk(self.k).values[row, -1], False)
+            row, column, value = row[stays], column[stays], value[stays]
+        return row, column, value
+
+
+def _enters(values: Tensor, bound: Tensor, full: bool) -> Tensor:
+    """A list that is not full takes what equals the bound, and nan too."""
+    return values > bound if full else ~(values < bound)
 
 
 def first_places(values: Tensor, k: int) -> Tensor:
@@ -109,7 +129,7 @@ class Given:
         self.values = like.new_zeros(like.shape[0], places.k)
         self._places = places
 
-    def take(self, logits: Tensor, columns: slice, top: Tensor) -> Taken:
+    def take(self, logits: Tensor, columns: slice) -> Taken:
         rows, places, inside = self._places.within(columns)
         self.values[rows, places] = logits[rows, inside]
         return Taken(rows, inside, rows[:0], logits.new_empty(0, 0))
