@@ -13,9 +13,13 @@ VLLM_VENV = .venv-vllm-$(shell sha256sum $(VLLM_LOCK) | cut -c 1-12)
 # So has TRL, which tools/bench_vs_trl.py is run beside.
 TRL_LOCK = .ci/trl-cpu.lock
 TRL_VENV = .venv-trl-$(shell sha256sum $(TRL_LOCK) | cut -c 1-12)
+# Transformer Engine's Python layer, which needs no GPU, is a folder that only its tests look into.
+TE_LOCK = .ci/te-cpu.lock
+TE_FOLDER = .venv-te-$(shell sha256sum $(TE_LOCK) | cut -c 1-12)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install venv-vllm venv-trl quickstart test test-full test-vllm test-slurm lint format clean
+.PHONY: help venv install venv-vllm venv-trl venv-te quickstart test test-full test-vllm test-slurm test-te lint format \
+	clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,13 +55,22 @@ $(TRL_VENV)/.installed: $(TRL_LOCK)
 	@$(TRL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $(TRL_LOCK)
 	@touch $@
 
+venv-te: $(TE_FOLDER)/.installed ## Install Transformer Engine's Python layer, which make test-te uses
+
+# Its compiled kernels, 450 MB, stay out: nothing here could run them.
+$(TE_FOLDER)/.installed: $(TE_LOCK) $(STAMP)
+	@echo "creating $(TE_FOLDER)"; rm -rf $(TE_FOLDER)
+	@$(PIP) --no-deps --no-compile --target $(TE_FOLDER) -r $(TE_LOCK)
+	@find $(TE_FOLDER) -path '*/transformer_engine/*' -name '*.so' -delete
+	@touch $@
+
 QUICKSTART = $(if $(filter vllm,$(ENGINE)),$(VLLM_VENV),$(VENV))
 quickstart: $(QUICKSTART)/.installed ## Teach a small model a task and plot its learning curve (SEED=1, LAYOUT=tp2, ENGINE=hf)
 	$(QUICKSTART)/bin/python examples/quickstart/quickstart.py --seed $(SEED) --layout $(LAYOUT) --engine $(ENGINE)
 
 test: venv ## The tests that every change must pass
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not full" -n 3 --dist loadfile \
-		--ignore tests/dist --ignore tests/loop --ignore tests/slurm --ignore tests/kernels
+		--ignore tests/dist --ignore tests/loop --ignore tests/slurm --ignore tests/kernels --ignore tests/te
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -m interpreter -n 2 tests/kernels
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not interpreter" -n 2 -rs tests/kernels
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not full" -n 2 --dist loadfile tests/dist tests/loop
@@ -77,6 +90,9 @@ test-slurm: venv ## Jobs on a Slurm of this machine, which root installs by apt-
 		|| { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y \
 		--no-install-recommends slurm-wlm munge >/dev/null; }
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -rs -m "not full" tests/slurm
+
+test-te: $(TE_FOLDER)/.installed ## Models of Transformer Engine's layers, with torch in place of its kernels
+	OMP_NUM_THREADS=1 MEGATRON_RL_TE=$(TE_FOLDER) $(VENV)/bin/python -m pytest -m "not full" -n 2 tests/te
 
 lint: venv ## Style, format and types
 	$(VENV)/bin/ruff check .

@@ -17,6 +17,8 @@ import inspect
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from megatron_rl.types import RunError
+
 
 class Operator(NamedTuple):
     """A name in transformer_engine.pytorch, and the parameters that are passed to it by name."""
@@ -69,14 +71,14 @@ def accumulates_weight_gradients() -> bool:
 def check() -> None:
     """Refuses to start where Transformer Engine is missing or lacks what is called."""
     if importlib.util.find_spec(PACKAGE) is None:
-        raise ImportError(
-            "training on CUDA needs Transformer Engine, which is not installed: pip install 'megatron_rl[gpu]'"
+        raise RunError(
+            "training on CUDA needs Transformer Engine, which is not installed: docs/transformer_engine.md says how"
         )
     if lacking := faults(importlib.import_module(f"{PACKAGE}.pytorch")):
-        raise ImportError(
+        raise RunError(
             f"Transformer Engine {importlib.import_module(PACKAGE).__version__} does not fit megatron-core"
             f" {importlib.metadata.version('megatron-core')}: {'; '.join(lacking)}. Install a version that"
-            " 'megatron_rl[gpu]' names"
+            " docs/transformer_engine.md names"
         )
 
 

@@ -1,5 +1,6 @@
 """Which device this process computes on. Import this before megatron-core: it installs the CPU backend."""
 
+import importlib.util
 import os
 import random
 
@@ -7,7 +8,21 @@ import numpy as np
 import torch
 
 from megatron_rl.parallel import cpu_backend
+from megatron_rl.types import RunError
 
+
+def check_transformer_engine() -> None:
+    """RunError where a part of it is missing: importing megatron-core would end in a traceback about a file."""
+    core, extension = (importlib.util.find_spec(f"transformer_engine{part}") is not None for part in ("", "_torch"))
+    if core and not extension:
+        raise RunError(
+            "Transformer Engine is installed without its extension for torch (transformer_engine_torch), and "
+            "megatron-core cannot be imported beside a part of it: build the extension, as docs/transformer_engine.md "
+            "says, or uninstall transformer-engine"
+        )
+
+
+check_transformer_engine()
 ON_CPU = cpu_backend.install()
 
 

@@ -34,6 +34,7 @@ from megatron_rl.config.schema import (
 from megatron_rl.data.planner import plan_step
 from megatron_rl.data.sources import TASK_PREFIX
 from megatron_rl.data.tokenizer import load_tokenizer, read_generation_eos, stop_ids
+from megatron_rl.models import transformer_engine
 from megatron_rl.models.build import weight_map
 from megatron_rl.models.hf_config import ModelShape, check_layout, load_shape, num_parameters, tensor_shapes
 from megatron_rl.models.hf_map import SCALAR_HEAD
@@ -67,6 +68,8 @@ def preflight(config: Config | EvaluationConfig) -> Findings:
     """Raises ValueError, in the terms of the config, on what would stop the run; starts no rank and reads no weight."""
     if isinstance(config, EvaluationConfig):
         return _of_evaluation(config)
+    if not ON_CPU:
+        transformer_engine.check()
     if config.log.wandb is not None and importlib.util.find_spec("wandb") is None:
         raise ValueError(f"log.wandb={config.log.wandb!r} needs wandb: pip install wandb, or remove log.wandb")
     tokenizer = _check_model(config, checkpoint_to_continue(config))

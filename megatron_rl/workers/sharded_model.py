@@ -1,5 +1,6 @@
 """A Megatron model on the mesh: log-probabilities and weights out. What is frozen needs no more."""
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +28,7 @@ from megatron_rl.workers.objective import loss_tokens
 
 T = TypeVar("T")
 
+EXTRA_STATE = re.compile(r"_extra_state\d*$")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -182,4 +184,5 @@ def _united(parts: Sequence[dict[int, Tensor]]) -> dict[int, Tensor]:
 
 
 def _is_extra(key: str) -> bool:
-    return key.endswith("_extra_state")
+    """Experts that are multiplied at once have one each, with a number behind it from the second on."""
+    return EXTRA_STATE.search(key) is not None

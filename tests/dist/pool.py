@@ -64,7 +64,8 @@ def _serve(rank: int, port: int, pipe: Connection) -> None:
 class Pool:
     """The workers; started when a job needs them, and again after a failure (a rank may be stuck in a collective)."""
 
-    def __init__(self) -> None:
+    def __init__(self, first: tuple[str, ...] = ()) -> None:
+        self.first = first  # modules that every worker imports before all else
         self.workers: list[tuple[Any, Connection]] = []
         # A store in memory: one in a file is polled, which costs as much as the tests.
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -74,7 +75,7 @@ class Pool:
         os.environ["OMP_NUM_THREADS"] = "1"
         # Imported once, and then forked from a process that has done nothing else.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["megatron_rl.trainers.run"])
+        context.set_forkserver_preload([*self.first, "megatron_rl.trainers.run"])
         for rank in range(len(self.workers), world):
             here, there = context.Pipe()
             process = context.Process(target=_serve, args=(rank, self.store.port, there))

@@ -2,6 +2,9 @@
 
 import inspect
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -9,6 +12,8 @@ from typing import Any
 import pytest
 
 from megatron_rl.models import transformer_engine
+from megatron_rl.parallel import device
+from megatron_rl.types import RunError
 
 # Written by tools/te_signatures.py, of the newest release that megatron-core 0.16.1 allows.
 RELEASE = json.loads((Path(__file__).parent / "te_signatures.json").read_text())
@@ -52,14 +57,45 @@ def test_what_a_version_lacks_is_named() -> None:
 
 
 def test_a_run_does_not_start_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ImportError, match="not installed"):
+    with pytest.raises(RunError, match="not installed"):
         transformer_engine.check()
     package = ModuleType("transformer_engine")
     package.__version__ = "1.0"  # type: ignore[attr-defined]
     modules = {"transformer_engine": package, "transformer_engine.pytorch": library(Linear=["in_features"])}
     monkeypatch.setattr(transformer_engine.importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(transformer_engine.importlib, "import_module", modules.__getitem__)
-    with pytest.raises(ImportError, match=r"Transformer Engine 1\.0 .* Linear has no parameter out_features"):
+    with pytest.raises(RunError, match=r"Transformer Engine 1\.0 .* Linear has no parameter out_features"):
         transformer_engine.check()
     modules["transformer_engine.pytorch"] = library()
     transformer_engine.check()
+
+
+@pytest.mark.parametrize("found", [{"transformer_engine"}, {"transformer_engine", "transformer_engine_torch"}, set()])
+def test_a_part_of_it_is_one_line(monkeypatch: pytest.MonkeyPatch, found: set[str]) -> None:
+    monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: name if name in found else None)
+    if len(found) == 1:
+        with pytest.raises(RunError, match="without its extension for torch"):
+            device.check_transformer_engine()
+    else:
+        device.check_transformer_engine()
+
+
+def test_a_command_beside_a_part_of_it_ends_in_one_line(tmp_path: Path) -> None:
+    """As megatron-core would find it: a package that cannot load its extension."""
+    package = tmp_path / "transformer_engine"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise FileNotFoundError('libtransformer_engine.so')\n")
+    config = tmp_path / "config.yaml"
+    config.write_text("trainer: grpo\nmodel: {path: model}\ndata: {train: rows.jsonl}\nreward: {name: exact}\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "megatron_rl", "check", str(config)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2, done
+    (line,) = done.stderr.strip().splitlines()
+    assert "without its extension for torch" in line
+
+
+def test_the_package_is_silent_without_it(tmp_path: Path) -> None:
+    code = "import sys, megatron_rl.trainers.run; print('transformer_engine' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("False\n", "")
