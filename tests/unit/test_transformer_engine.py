@@ -85,8 +85,7 @@ def test_a_command_beside_a_part_of_it_ends_in_one_line(tmp_path: Path) -> None:
     package = tmp_path / "transformer_engine"
     package.mkdir()
     (package / "__init__.py").write_text("raise FileNotFoundError('libtransformer_engine.so')\n")
-    config = tmp_path / "config.yaml"
-    config.write_text("trainer: grpo\nmodel: {path: model}\ndata: {train: rows.jsonl}\nreward: {name: exact}\n")
+    config = Path(__file__).parents[2] / "examples" / "quickstart" / "grpo.yaml"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     command = [sys.executable, "-m", "megatron_rl", "check", str(config)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
