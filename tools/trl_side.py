@@ -131,6 +131,8 @@ def main() -> None:
         trainer = TimedGRPO(args=options, **shared)
     trainer.recorder, recorder.trainer = recorder, trainer
     trainer.train()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # its threads abort a process that ends with them
 
 
 if __name__ == "__main__":

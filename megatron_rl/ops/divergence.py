@@ -58,7 +58,7 @@ def paired_stats(
     k: int,
     shard: VocabShard,
     figures: bool = True,
-    chunk: int | None = None,
+    chunk: int = VOCABULARY_CHUNK,
 ) -> Pair:
     """Both heads' statistics at the k ids that are most likely to the `support`; differentiable in the student.
 
@@ -131,7 +131,7 @@ def full_divergence(
     alpha: float,
     k: int = 0,
     shard: VocabShard,
-    chunk: int | None = None,
+    chunk: int = VOCABULARY_CHUNK,
 ) -> FullDivergence:
     """The divergence over the whole vocabulary, and statistics of both heads; differentiable in the student.
 
@@ -157,7 +157,7 @@ def full_divergence(
         (student.temperature, teacher.temperature),
         alpha,
         k,
-        chunk or VOCABULARY_CHUNK[student.hidden.device.type],
+        chunk,
         student.main_grad,
     )
     stats = [LinearStats(numbers[i], numbers[i + 1], largest_ids=numbers[i + 2]) for i in (0, 3)]

@@ -50,7 +50,7 @@ def linear_stats(
     entropy: bool = True,
     k: int = 0,
     indices: Tensor | None = None,
-    chunk: int | None = None,
+    chunk: int = VOCABULARY_CHUNK,
     main_grad: Tensor | None = None,
 ) -> LinearStats:
     """Statistics of softmax(hidden weight^T / temperature) over the whole vocabulary, equal on all ranks of the shard.
@@ -70,8 +70,8 @@ def linear_stats(
     With `main_grad` [rows, H], float64 for float64, otherwise float32, the backward pass adds the weight's gradient to
     that tensor, and `weight` itself gets none.
 
-    `chunk` is the number of vocabulary columns in memory at once, VOCABULARY_CHUNK unless given; the forward pass of
-    the kernels for GPUs has whole rows of 1024 tokens instead.
+    `chunk` is the number of vocabulary columns in memory at once; the forward pass of the kernels for GPUs has whole
+    rows of 1024 tokens instead.
     """
     assert hidden.dtype == weight.dtype, (hidden.dtype, weight.dtype)
     assert labels.shape == hidden.shape[:1], (labels.shape, hidden.shape)
@@ -79,7 +79,6 @@ def linear_stats(
     assert shard.group is not None or k <= shard.size, (k, shard)
     learning = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     kept = keeping(hidden, weight[: shard.size], learning)
-    chunk = chunk or VOCABULARY_CHUNK[hidden.device.type]
     logp, h, topk_logp, tail_logp, ids = _LinearStats.apply(
         hidden, weight, labels, indices, shard, temperature, entropy, k, chunk, main_grad, kept
     )

@@ -13,8 +13,7 @@ from torch import Tensor
 from megatron_rl.ops.products import add_mm_, factor_dtype, mm
 
 KEPT_BYTES = 128 * 2**20
-# Columns of the lm-head that are computed at once: a CPU's caches hold few, and a GPU's kernels want more.
-VOCABULARY_CHUNK = {"cpu": 512, "cuda": 1024}
+VOCABULARY_CHUNK = 1024  # columns of the lm-head that are computed at once
 TOKENS = 1024  # whose whole rows are in memory at once, on a GPU
 _LOG2_E = 1 / math.log(2)
 

@@ -44,6 +44,6 @@ def _in_the_loss(at: Pass, kept: int, loss_tokens: int, *, entropy_bonus: bool) 
     if at.shape.scalar:
         return {"activations": kept + 2 * FLOAT32 * at.tokens * hidden}
     shard = VocabShard.of(at.shape.vocab_size, vocabulary_rows(at.shape, at.layout), 0).size
-    sizes = (loss_tokens, hidden, shard, at.width, at.build)
-    backward = head_backward_bytes(*sizes, entropy_bonus=entropy_bonus)
+    sizes = (loss_tokens, hidden, shard, at.width)
+    backward = head_backward_bytes(*sizes, at.build, entropy_bonus=entropy_bonus)
     return {"activations": kept, "lm-head": max(head_forward_bytes(*sizes), backward)}

@@ -47,7 +47,7 @@ class ShardedModel:
         self.config = self.models[0].config
         self.chunks: list[Any] = list(self.models)
         self.version = 0
-        self.vocabulary_chunk = VOCABULARY_CHUNK[device().type]
+        self.vocabulary_chunk = VOCABULARY_CHUNK
         self._load(model)
 
     def _shape(self, model: ModelConfig) -> ModelShape:
