@@ -98,6 +98,30 @@ def test_gradients_that_are_reduced_on_the_way(pool: Pool, model: str) -> None:
         assert apart(found, expected) < 1e-6
 
 
+def embedding_gradients(directory: str, layout: dict, sparse: bool) -> dict[str, Tensor]:
+    """All gradients, with the package's embedding or megatron-core's own."""
+    from megatron_rl.models.embedding import Embedding
+    from megatron_rl.workers import objective as module
+
+    with pytest.MonkeyPatch.context() as patch:
+        if not sparse:
+            patch.setattr(Embedding, "take", lambda embedding: None)
+            patch.setattr(module, "with_main_grad", by_autograd)
+        worker = make_worker(directory, layout)
+        if worker.mesh.pp_rank == 0:
+            assert isinstance(worker.models[0].embedding.word_embeddings, Embedding) == sparse
+        samples = make_samples("token-mean")
+        worker.forward_backward(samples, worker.plan(samples, MAX_TOKENS), objective("grpo"))
+    return {name: gradient.clone() for name, gradient in worker.named_hf_gradients()}
+
+
+@pytest.mark.parametrize("layout", ["tp2_sp", "pp2"])
+def test_the_embeddings_gradient_is_that_of_megatron_core(pool: Pool, model: str, layout: str) -> None:
+    world, options = LAYOUTS[layout]
+    expected, found = (pool.run(embedding_gradients, world, model, options, sparse)[0] for sparse in (False, True))
+    assert apart(found, expected) < 1e-6
+
+
 def head_alone(directory: str, twice: bool) -> tuple[Tensor, Tensor, list[torch.Size]]:
     """The head's gradient from one or two operators on it in a backward pass, the dense one, and autograd's shapes."""
     from megatron_rl.models.main_grad import with_main_grad
