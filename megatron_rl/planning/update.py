@@ -31,10 +31,8 @@ def update_moments(
     if at.build is Build.local:
         shared = (bucket.padded for bucket in buckets(shape, layout, stage) if bucket.shared_by > 1)
         left = layers_per_chunk(shape, layout, stage) * at.dispatched if layout.recompute else 0
-        moments["the reduction"] = {
-            "activations": left,
-            "gradients": FLOAT32 * max(shared, default=0),
-        }  # gloo reduces a copy
+        copied = FLOAT32 * max(shared, default=0)  # which gloo reduces
+        moments["the reduction"] = {"activations": left, "gradients": copied}
     return moments
 
 
