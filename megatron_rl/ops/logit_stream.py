@@ -93,9 +93,9 @@ def exp_(exponents: Tensor) -> Tensor:
     return exponents.mul_(_LOG2_E).exp2_()
 
 
-def exp_of(exponents: Tensor) -> Tensor:
-    """e^x as a new tensor, in the same way."""
-    return (exponents * _LOG2_E).exp2_()
+def exp_of(exponents: Tensor, out: Tensor | None = None) -> Tensor:
+    """e^x as another tensor, in the same way."""
+    return torch.mul(exponents, _LOG2_E, out=out).exp2_()
 
 
 def head_gradients(

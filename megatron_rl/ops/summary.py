@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_rl.ops.dispatch import uses_triton
 from megatron_rl.ops.logit_stream import exp_, exp_of, logit_chunks, wide_dtype
 from megatron_rl.ops.shard_part import ShardPart
-from megatron_rl.ops.topk import Given, Largest, Places, merge_largest
+from megatron_rl.ops.topk import Given, Largest, Lost, Places, merge_largest
 from megatron_rl.ops.vocab_shard import VocabShard
 
 # e^-1e4 is 0 in every dtype, so a floor here changes no product (z - m) e^(z - m) but 0 * inf.
@@ -98,13 +98,18 @@ def _shard_rows(
     listing = largest is not None or given is not None
     rows = wide.new_zeros(wide.shape[0], 3 if not entropy else 5 if listing else 4)
     rows[:, 0] = least
+    exponentials: Tensor | None = None  # as large as the first chunk
     for columns, logits in chunks:
         label_logit = at_labels(logits, labels - columns.start)
         top = logits.amax(1).clamp(min=least)
         taken = [entries.take(logits, columns) for entries in (largest, given) if entries is not None]
         logits.sub_(top[:, None])
-        exp = exp_of(logits.clamp_(min=FLOOR)) if entropy else exp_(logits)
-        more = [logits.mul_(exp).sum(1)] if entropy else []
+        if entropy:
+            exponentials = torch.empty_like(logits) if exponentials is None else exponentials
+            exp = exp_of(logits.clamp_(min=FLOOR), out=exponentials[:, : logits.shape[1]])
+            more = [logits.mul_(exp).sum(1)]
+        else:
+            exp, more = exp_(logits), []
         if taken:
             listed = (taken[-1].rows, taken[-1].columns)
             of_listed = top.new_zeros(len(top)).index_add_(0, listed[0], exp[listed]) if entropy else None
@@ -112,10 +117,17 @@ def _shard_rows(
         rest = exp.sum(1)
         more += [rest + of_listed] if taken and of_listed is not None else []
         rows = merge_rows(torch.stack([rows, torch.stack([top, rest, label_logit, *more], 1)]))
-        if taken:
-            losing = taken[-1].losing_rows
-            rows[losing, 1] += (taken[-1].losers - rows[losing, :1]).exp().sum(1)
+        if taken and taken[-1].lost is not None:
+            _add_lost(rows, taken[-1].lost)
+    lost = None if largest is None else largest.settle()
+    if lost is not None and given is None:
+        _add_lost(rows, lost)
     return rows
+
+
+def _add_lost(rows: Tensor, lost: Lost) -> None:
+    """What is not listed any more belongs to s again."""
+    rows[lost.rows, 1] += (lost.values - rows[lost.rows, :1]).exp().sum(1)
 
 
 def _merge_shards(shard: VocabShard, part: ShardPart) -> Summary:

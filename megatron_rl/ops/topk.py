@@ -3,7 +3,8 @@
 The k largest are so under a total order, value first and then the smaller id, so that chunks and shards do not show:
 with logits in bfloat16 the k-th and the (k+1)-th are equal for many tokens. The stream visits ids in ascending order.
 A later column hence enters a full list only if it is strictly larger than the last entry, and a stable sort of the list
-followed by what enters is the order itself. After the first chunks little enters; the work left is a comparison.
+followed by what enters is the order itself. What enters waits, and a list is sorted once half of it may have changed:
+over V columns in chunks of C a few times log(V / C) instead of V / C. The work left is a comparison.
 """
 
 from typing import NamedTuple
@@ -20,25 +21,47 @@ class Taken(NamedTuple):
 
     rows: Tensor  # [M] tokens, and
     columns: Tensor  # [M] columns of the chunk, of the entries that were taken out of it
-    losing_rows: Tensor  # [R] tokens, and
-    losers: Tensor  # [R, m] the logits that fell out of their lists; -inf for none
+    lost: "Lost | None" = None
+
+
+class Lost(NamedTuple):
+    """Entries, of this chunk or of earlier ones, that fell out of their lists."""
+
+    rows: Tensor  # [R] tokens, and
+    values: Tensor  # [R, m] their logits; -inf for none
 
 
 class Largest:
-    """The k largest logits of each token so far, in order, and their ids."""
+    """The k largest logits of each token so far, and their ids; in order once nothing waits."""
 
     def __init__(self, like: Tensor, k: int) -> None:
         self.k = k
         self.values = like.new_empty(like.shape[0], 0)
         self.ids = torch.empty_like(self.values, dtype=torch.int64)
+        self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []  # tokens, ids and logits of what entered since
+        self._counts = self.ids.new_zeros(like.shape[0])  # of what waits
 
     def take(self, logits: Tensor, columns: slice) -> Taken:
         """Enters a chunk, whose ids are larger than all before."""
         full = self.values.shape[1] == self.k
         row, column, value = self._entries(logits, full)
-        if len(row) == 0:
-            return Taken(row, row, row, logits.new_empty(0, 0))
-        counts = row.bincount(minlength=len(logits))
+        lost = None
+        if len(row):
+            self._waiting.append((row, column + columns.start, value))
+            self._counts += row.bincount(minlength=len(logits))
+            if not full or 2 * int(self._counts.max()) > self.k:
+                lost = self.settle()
+        return Taken(row, column, lost)
+
+    def settle(self) -> Lost | None:
+        """Sorts what waits into the lists."""
+        if not self._waiting:
+            return None
+        row, ids_in, value = (torch.cat(parts) for parts in zip(*self._waiting))
+        if len(self._waiting) > 1:
+            row, order = row.sort(stable=True)
+            ids_in, value = ids_in[order], value[order]
+        full, counts = self.values.shape[1] == self.k, self._counts
         rows = (counts if full else torch.ones_like(counts)).nonzero()[:, 0]
         nth = torch.arange(len(row), device=row.device).sub_((counts.cumsum(0) - counts)[row])
         place = (torch.searchsorted(rows, row), nth)
@@ -47,8 +70,9 @@ class Largest:
             [self.ids[rows], torch.full_like(values[:, self.values.shape[1] :], NO_ID, dtype=torch.int64)], 1
         )
         values[:, self.values.shape[1] :][place] = value
-        ids[:, self.values.shape[1] :][place] = column + columns.start
-        del place, nth, value
+        ids[:, self.values.shape[1] :][place] = ids_in
+        self._waiting, self._counts = [], torch.zeros_like(counts)
+        del place, nth, value, ids_in
         values, order = values.sort(dim=1, descending=True, stable=True)
         ids = ids.gather(1, order)
         width = min(self.k, values.shape[1])
@@ -56,7 +80,7 @@ class Largest:
             self.values[rows], self.ids[rows] = values[:, :width], ids[:, :width]
         else:
             self.values, self.ids = values[:, :width].contiguous(), ids[:, :width].contiguous()
-        return Taken(row, column, rows, values[:, width:].clone())
+        return Lost(rows, values[:, width:].clone())
 
     def _entries(self, logits: Tensor, full: bool) -> tuple[Tensor, Tensor, Tensor]:
         """(tokens, columns, logits) of what enters, at most 2 k of a token that do not tie; only blocks whose maximum
@@ -132,4 +156,4 @@ class Given:
     def take(self, logits: Tensor, columns: slice) -> Taken:
         rows, places, inside = self._places.within(columns)
         self.values[rows, places] = logits[rows, inside]
-        return Taken(rows, inside, rows[:0], logits.new_empty(0, 0))
+        return Taken(rows, inside)
