@@ -1,4 +1,4 @@
-"""Core attention and norm for the layer spec without Transformer Engine."""
+"""Core attention for the layer spec without Transformer Engine."""
 
 from itertools import groupby, pairwise
 from typing import Any
@@ -23,18 +23,6 @@ def packed_seq_params(cu_seqlens: Tensor, max_seqlen: int) -> PackedSeqParams:
         max_seqlen_q=max_seqlen,
         max_seqlen_kv=max_seqlen,
     )
-
-
-class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm that knows of sequence parallelism.
-
-    megatron-core's own wrapper asserts that there is none (transformer/torch_norm.py). Under sequence parallelism each
-    rank sees a part of the tokens; the mark makes `finalize_model_grads` add up the weight's gradient over the ranks.
-    """
-
-    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 class PackedAttention(MegatronModule):

@@ -87,6 +87,7 @@ def transformer_config(shape: ModelShape, mesh: Mesh, dtype: torch.dtype) -> Tra
         normalization="RMSNorm",
         gated_linear_unit=True,
         activation_func=F.silu,
+        use_te_activation_func=device.ON_CPU,  # the layer spec's own
         add_bias_linear=False,
         add_qkv_bias=shape.family.qkv_bias,
         qk_layernorm=shape.family.qk_norm,
@@ -116,8 +117,8 @@ def transformer_config(shape: ModelShape, mesh: Mesh, dtype: torch.dtype) -> Tra
         bias_dropout_fusion=on_cuda,
         masked_softmax_fusion=on_cuda,
         persist_layer_norm=on_cuda,
-        apply_rope_fusion=on_cuda,
-        gradient_accumulation_fusion=on_cuda and accumulates_weight_gradients(),
+        apply_rope_fusion=True,
+        gradient_accumulation_fusion=device.ON_CPU or accumulates_weight_gradients(),
         # On gloo a send may still read the output: freeing it gave wrong gradients without an error.
         deallocate_pipeline_outputs=on_cuda,
         batch_p2p_comm=mesh.vpp_size == 1,

@@ -12,7 +12,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
 from megatron_rl.models import transformer_engine
-from megatron_rl.models.attention import PackedAttention, RMSNorm
+from megatron_rl.models.attention import PackedAttention
+from megatron_rl.models.torch_layers import RMSNorm, SwiGLU
 
 
 def local_layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
@@ -24,6 +25,8 @@ def local_layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> 
     if config.num_moe_experts:
         # Experts have no linear layer that Transformer Engine fuses this norm into, so checkpoints keep its own name.
         parts.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
+    mlp = parts.mlp.submodules
+    (mlp.experts.submodules if config.num_moe_experts else mlp).activation_func = SwiGLU
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
     attention = parts.self_attention.submodules
     attention.core_attention = PackedAttention

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_rl.ops.dispatch import uses_triton
 from megatron_rl.ops.linear_stats import LinearStats, linear_stats, stats_of
-from megatron_rl.ops.logit_stream import VOCABULARY_CHUNK, exp_, exp_of, head_gradients, keeping, logit_chunks
+from megatron_rl.ops.logit_stream import exp_, exp_of, head_gradients, keeping, logit_chunks, vocabulary_chunk
 from megatron_rl.ops.summary import FLOOR, summarise, within
 from megatron_rl.ops.vocab_shard import VocabShard
 
@@ -58,7 +58,7 @@ def paired_stats(
     k: int,
     shard: VocabShard,
     figures: bool = True,
-    chunk: int = VOCABULARY_CHUNK,
+    chunk: int | None = None,
 ) -> Pair:
     """Both heads' statistics at the k ids that are most likely to the `support`; differentiable in the student.
 
@@ -131,7 +131,7 @@ def full_divergence(
     alpha: float,
     k: int = 0,
     shard: VocabShard,
-    chunk: int = VOCABULARY_CHUNK,
+    chunk: int | None = None,
 ) -> FullDivergence:
     """The divergence over the whole vocabulary, and statistics of both heads; differentiable in the student.
 
@@ -157,7 +157,7 @@ def full_divergence(
         (student.temperature, teacher.temperature),
         alpha,
         k,
-        chunk,
+        chunk or vocabulary_chunk(student.hidden.device),
         student.main_grad,
     )
     stats = [LinearStats(numbers[i], numbers[i + 1], largest_ids=numbers[i + 2]) for i in (0, 3)]

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_rl.ops.dispatch import uses_triton
-from megatron_rl.ops.logit_stream import VOCABULARY_CHUNK, exp_, head_gradients, keeping, logit_chunks, product_chunks
+from megatron_rl.ops.logit_stream import exp_, head_gradients, keeping, logit_chunks, product_chunks, vocabulary_chunk
 from megatron_rl.ops.summary import FLOOR, Summary, summarise, within
 from megatron_rl.ops.topk import Places
 from megatron_rl.ops.vocab_shard import VocabShard
@@ -50,7 +50,7 @@ def linear_stats(
     entropy: bool = True,
     k: int = 0,
     indices: Tensor | None = None,
-    chunk: int = VOCABULARY_CHUNK,
+    chunk: int | None = None,
     main_grad: Tensor | None = None,
 ) -> LinearStats:
     """Statistics of softmax(hidden weight^T / temperature) over the whole vocabulary, equal on all ranks of the shard.
@@ -70,13 +70,14 @@ def linear_stats(
     With `main_grad` [rows, H], float64 for float64, otherwise float32, the backward pass adds the weight's gradient to
     that tensor, and `weight` itself gets none.
 
-    `chunk` is the number of vocabulary columns in memory at once; the forward pass of the kernels for GPUs has whole
-    rows of 1024 tokens instead.
+    `chunk` is the number of vocabulary columns in memory at once, `vocabulary_chunk` if not given; the forward pass of
+    the kernels for GPUs has whole rows of 1024 tokens instead.
     """
     assert hidden.dtype == weight.dtype, (hidden.dtype, weight.dtype)
     assert labels.shape == hidden.shape[:1], (labels.shape, hidden.shape)
     assert weight.shape[0] >= shard.size, (weight.shape, shard)
     assert shard.group is not None or k <= shard.size, (k, shard)
+    chunk = chunk or vocabulary_chunk(hidden.device)
     learning = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     kept = keeping(hidden, weight[: shard.size], learning)
     logp, h, topk_logp, tail_logp, ids = _LinearStats.apply(

@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 from megatron_rl.ops.products import factor_dtype
 from megatron_rl.parallel.cpu_adam import CpuAdam
+from megatron_rl.parallel.cpu_kernels import add_weight_gradient, rotate_packed
 
 PACKAGE = "megatron.core"
 
@@ -205,14 +206,25 @@ def _routing(module: Any) -> None:
 def _linear(module: Any) -> None:
     def widened(linear: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         @wraps(linear)
-        def forward(input: torch.Tensor, weight: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        def forward(input: torch.Tensor, weight: torch.Tensor, **options: Any) -> torch.Tensor:
             wide = factor_dtype(input)
-            return linear(input.to(wide), weight.to(wide), *args, **kwargs).to(input.dtype)
+            if wide != weight.dtype:
+                options["gradient_accumulation_fusion"] = False  # the widened copy has no `main_grad`
+            return linear(input=input.to(wide), weight=weight.to(wide), **options).to(input.dtype)
 
         return forward
 
     for name in _LINEAR:
         setattr(module, name, widened(getattr(module, name)))
+
+
+def _weight_gradients(module: Any) -> None:
+    module._grad_accum_fusion_available = True
+    module.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(wgrad_gemm_accum_fp32=add_weight_gradient)
+
+
+def _rotation(module: Any) -> None:
+    module.fused_apply_rotary_pos_emb_thd = rotate_packed
 
 
 _LINEAR = ("linear_with_grad_accumulation_and_async_allreduce", "linear_with_frozen_weight")
@@ -242,6 +254,22 @@ DEBTS = (
         "a CPU without instructions for bfloat16 multiplies it up to eighty times as slowly as float32, and the "
         "gradient of a layer's input most slowly of all: there the factors are widened, and the product is rounded",
         _linear,
+    ),
+    Debt(
+        f"{PACKAGE}.tensor_parallel.layers",
+        ("_grad_accum_fusion_available",),
+        "tensor_parallel/layers.py:44-48,569",
+        "apex's product, which adds a weight's gradient to `main_grad`, is for CUDA; a CPU's own saves a pass over the "
+        "gradients for each micro-batch, and their memory",
+        _weight_gradients,
+    ),
+    Debt(
+        f"{PACKAGE}.models.common.embeddings.rope_utils",
+        ("fused_apply_rotary_pos_emb_thd",),
+        "models/common/embeddings/rope_utils.py:31-34,292",
+        "Transformer Engine's rotation of packed sequences is for CUDA, and megatron-core's own takes cosines anew in "
+        "each layer and seven passes over queries and keys",
+        _rotation,
     ),
     Debt(
         f"{PACKAGE}.jit",

@@ -5,7 +5,8 @@ of the MLP, d head size, a and g query and key/value heads, of which a rank has 
 model's dtype. Of a mixture of experts F is an expert's, and A = k T' etp the tokens that a rank's experts see: each
 token chooses k, and all experts are assumed to be chosen equally often. Two builds of a layer are told apart:
 
-* `local`: megatron-core's local spec with models/attention.py, as it runs on a CPU. Held against measurements.
+* `local`: megatron-core's local spec with models/attention.py and models/torch_layers.py, as it runs on a CPU. Held
+  against measurements.
 * `te`: Transformer Engine's on CUDA, with fused norm and projection, fused SwiGLU and flash attention. Read off the
   modules, never measured.
 """
@@ -70,46 +71,39 @@ class Pass:
 
 
 def norm_bytes(at: Pass, rows: int, columns: int) -> int:
-    """Of an RMSNorm, without its output: the input and 1 / rms; torch's own keeps the normalised input too, in float32.
-
-    te: e rows columns + 4 rows.    local: 8 rows columns + 4 rows.
-    """
-    each = at.width if at.build is Build.te else 2 * FLOAT32
-    return rows * (each * columns + FLOAT32)
+    """Of an RMSNorm, without its output: the input and 1 / rms, e rows columns + 4 rows."""
+    return rows * (at.width * columns + FLOAT32)
 
 
 def attention_bytes(at: Pass) -> int:
     """norm + e T' H (its output) + e T d (3 a + 3 g) / tp + 4 T a / tp (log-sum-exp of the softmax).
 
     The factors of a and g: the projection's output, of which the values are a part; rotated queries and keys; the
-    attention's output. Norms of queries and keys add their own. torch keeps the rotation too: 4 e T d.
+    attention's output. Norms of queries and keys add their own.
     """
     shape, tp, tokens = at.shape, at.layout.tp, at.tokens
     heads, kv_heads, size = shape.num_heads // tp, shape.num_kv_heads // tp, shape.head_dim
     kept = norm_bytes(at, at.rows, shape.hidden_size) + at.stream
     kept += at.width * tokens * size * 3 * (heads + kv_heads) + FLOAT32 * tokens * heads
-    if at.build is Build.local:
-        kept += 4 * at.width * tokens * size
     if shape.family.qk_norm:
         kept += norm_bytes(at, tokens * heads, size) + norm_bytes(at, tokens * kv_heads, size)
         # Of what the norms read, this is part of the projection's output.
         views = kv_heads if at.build is Build.local else heads + kv_heads
-        if at.build is Build.te or at.width == FLOAT32:
-            kept -= at.width * tokens * size * views
+        kept -= at.width * tokens * size * views
     return kept
 
 
 def mlp_bytes(at: Pass) -> int:
-    """norm + e T' H (its output) + n e T F / tp, or of experts norm + e T' H + 4 T' experts + e A H + n e A F / etp.
+    """norm + e T' H (its output) + 3 e T F / tp, or of experts norm + e T' H + 4 T' experts + e A H + n e A F / etp.
 
-    te: n is 3, the gate and up projections, and their product. local: 5, the activated gate and a copy of the other;
-    of experts 6, their product with the router's weight, which te's kernel takes in.
+    The gate and up projections, and their product; of experts, local has the product with the router's weight too, so
+    that n is 4, where te's kernel takes it in.
     """
     kept = norm_bytes(at, at.rows, at.shape.hidden_size) + at.stream
     if at.shape.experts is None:
-        return kept + (3 if at.build is Build.te else 5) * at.mlp
+        return kept + 3 * at.mlp
     router = FLOAT32 * at.rows * at.shape.experts.num_experts
-    return kept + router + at.dispatched + (3 if at.build is Build.te else 6) * at.mlp
+    return kept + router + at.dispatched + (3 if at.build is Build.te else 4) * at.mlp
 
 
 def layer_bytes(at: Pass) -> int:
@@ -122,18 +116,17 @@ def kept_bytes(at: Pass, stage: int, micro_batches: int) -> int:
 
         in_flight l layer_bytes,    or with recomputation    in_flight l e T' H
 
-    A pipeline's stage also has what it received and, without `deallocate_pipeline_outputs`, what it sent. Layers of
-    experts whose backward pass is over keep e A H under recomputation, in place of e T' H.
+    and, local, the rotation, 3 / 2 e T d, which all layers share. A pipeline's stage also has what it sent, without
+    `deallocate_pipeline_outputs`. Layers of experts whose backward pass is over keep e A H under recomputation, in
+    place of e T' H.
     """
     layers, passes = layers_per_chunk(at.shape, at.layout, stage), at.layout.in_flight(stage, micro_batches)
     kept = passes * layers * (at.stream if at.layout.recompute else layer_bytes(at))
     if at.layout.recompute:
         kept += (layers - 1) * max(at.dispatched - at.stream, 0)
-    if at.layout.pp > 1:
-        received, sent = stage > 0, at.build is Build.local and stage < at.layout.pp - 1
-        # The first norm keeps what was received, but for torch's, which keeps it in float32.
-        widened = at.build is Build.local and at.width < FLOAT32 and not at.layout.recompute
-        kept += passes * at.stream * ((received and widened) + sent)
+    if at.build is Build.local:
+        kept += passes * at.width * at.tokens * at.shape.head_dim * 3 // 2
+        kept += passes * at.stream * (stage < at.layout.pp - 1)
     return kept
 
 
@@ -153,8 +146,10 @@ def layer_backward_bytes(at: Pass) -> int:
 def norm_backward_bytes(at: Pass) -> int:
     """On top of what is kept and the norm's own, in the backward pass of the final norm.
 
-    te: 2 e T' H, the gradients of its output and input. local: four float32 tensors, 16 T' H.
+    The gradients of its output and input, 2 e T' H; local holds two float32 tensors more, 8 T' H, of which the second
+    is the input's gradient where that is float32.
     """
     if at.build is Build.te:
         return 2 * at.stream
-    return 4 * FLOAT32 * at.rows * at.shape.hidden_size
+    own = at.width if at.width < FLOAT32 else 0
+    return at.stream + at.rows * at.shape.hidden_size * (2 * FLOAT32 + own)

@@ -237,6 +237,7 @@ def _distilled(case: Case, config: SdpoConfig, tokens: int, *, in_the_loss: bool
             case.actor.hidden_size,
             vocabulary_rows(case.actor, case.layout),
             case.width,
+            case.build,
             listed=min(config.distill.topk, case.actor.vocab_size),
             full=config.distill.support is Support.full,
             mixed=mixes,

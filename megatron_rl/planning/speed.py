@@ -95,10 +95,10 @@ def attention_flops(shape: ModelShape, layout: Layout, squares: float) -> float:
 def layer_bytes_moved(model: Model, tokens: float) -> float:
     """By what is no product, forward: e (n1 T' H + n2 T (a + g) d / tp + n3 T F / tp), F of k experts.
 
-    te: 10, 2, 3: two norms and two sums; the rotation; SwiGLU, each one kernel. local: 20, 20, 6, operator by operator.
+    te: 10, 2, 3: two norms and two sums; the rotation; SwiGLU, each one kernel. local: 20, 7, 5, operator by operator.
     """
     shape, tp = model.shape, model.layout.tp
-    stream, rotated, mlp = (10, 2, 3) if model.build is Build.te else (20, 20, 6)
+    stream, rotated, mlp = (10, 2, 3) if model.build is Build.te else (20, 7, 5)
     inside = tokens * shape.ffn_hidden_size / tp
     if shape.experts is not None:
         inside = rows(model.layout, tokens) * shape.experts.top_k * shape.experts.ffn_hidden_size

@@ -44,4 +44,4 @@ def _in_the_loss(at: Pass, kept: int, loss_tokens: int, *, entropy_bonus: bool) 
     shard = VocabShard.of(at.shape.vocab_size, vocabulary_rows(at.shape, at.layout), 0).size
     sizes = (loss_tokens, hidden, shard, at.width)
     backward = head_backward_bytes(*sizes, at.build, entropy_bonus=entropy_bonus)
-    return {"activations": kept, "lm-head": max(head_forward_bytes(*sizes), backward)}
+    return {"activations": kept, "lm-head": max(head_forward_bytes(*sizes, at.build), backward)}

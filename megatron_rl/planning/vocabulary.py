@@ -3,7 +3,7 @@
 N tokens bear loss; V' rows of the vocabulary lie on this rank, C of them in a chunk; H and e as in activations.py.
 """
 
-from megatron_rl.ops.logit_stream import KEPT_BYTES, VOCABULARY_CHUNK
+from megatron_rl.ops.logit_stream import CPU_CHUNK, GPU_CHUNK, KEPT_BYTES
 from megatron_rl.planning.activations import Build
 from megatron_rl.planning.parameters import FLOAT32
 
@@ -14,17 +14,22 @@ def kept_logits(tokens: int, rows: int, width: int) -> int:
     return size if size <= KEPT_BYTES else 0
 
 
-def chunk_buffers(tokens: int, rows: int, width: int) -> int:
-    """The chunk of logits in float32, and the product in a narrower dtype that it is made of: 4 N C (+ e N C)."""
-    columns = min(VOCABULARY_CHUNK, rows)
-    return tokens * columns * (FLOAT32 + (width if width < FLOAT32 else 0))
+def chunk_columns(rows: int, build: Build) -> int:
+    """C."""
+    return min(CPU_CHUNK if build is Build.local else GPU_CHUNK, rows)
 
 
-def head_forward_bytes(tokens: int, hidden: int, rows: int, width: int) -> int:
+def chunk_buffers(tokens: int, rows: int, width: int, build: Build) -> int:
+    """The chunk of logits in float32, and the narrower product that it is made of, unless kept: 4 N C (+ e N C)."""
+    product = width if width < FLOAT32 and not kept_logits(tokens, rows, width) else 0
+    return tokens * chunk_columns(rows, build) * (FLOAT32 + product)
+
+
+def head_forward_bytes(tokens: int, hidden: int, rows: int, width: int, build: Build) -> int:
     """Kept logits, the buffers of a chunk, its exponentials 4 N C, and the loss-bearing hidden states e N H."""
-    exponentials = FLOAT32 * tokens * min(VOCABULARY_CHUNK, rows)
+    exponentials = FLOAT32 * tokens * chunk_columns(rows, build)
     kept = kept_logits(tokens, rows, width)
-    return kept + chunk_buffers(tokens, rows, width) + exponentials + width * tokens * hidden
+    return kept + chunk_buffers(tokens, rows, width, build) + exponentials + width * tokens * hidden
 
 
 def head_backward_bytes(
@@ -35,7 +40,7 @@ def head_backward_bytes(
     The weight's goes to megatron-core's. Of a narrower dtype come a chunk's gradient, its product and, on a
     CPU, the chunk of the weight by columns. An entropy bonus takes one more chunk, 4 N C.
     """
-    columns = min(VOCABULARY_CHUNK, rows)
+    columns = chunk_columns(rows, build)
     gradient = FLOAT32 * tokens * hidden
     narrow = 0
     if width < FLOAT32:
@@ -43,19 +48,22 @@ def head_backward_bytes(
     bonus = FLOAT32 * tokens * columns if entropy_bonus else 0
     kept = kept_logits(tokens, rows, width)
     states = width * tokens * hidden
-    return kept + chunk_buffers(tokens, rows, width) + states + gradient + narrow + bonus
+    return kept + chunk_buffers(tokens, rows, width, build) + states + gradient + narrow + bonus
 
 
-def teacher_head_bytes(tokens: int, hidden: int, rows: int, width: int, *, listed: int, full: bool, mixed: bool) -> int:
+def teacher_head_bytes(
+    tokens: int, hidden: int, rows: int, width: int, build: Build, *, listed: int, full: bool, mixed: bool
+) -> int:
     """A second head on the same tokens, beside the student's: its hidden states e N H, and what its chunks take.
 
-    A list of k ids costs both heads 12 N k twice, while it is sorted. The `full` vocabulary keeps the teacher's logits
-    and three more chunks in float32. A `mixed` head is two side by side: 2 e V' H, and e N H more.
+    Both heads have a list of k ids, 12 N k. What waits to enter one is half as long and takes 20 bytes each, and to
+    sort both together 32. The `full` vocabulary keeps the teacher's logits and three more chunks in float32. A `mixed`
+    head is two side by side: 2 e V' H, and e N H more.
     """
-    columns = min(VOCABULARY_CHUNK, rows)
+    columns = chunk_columns(rows, build)
     states = (1 + mixed) * width * tokens * hidden + (2 * width * rows * hidden if mixed else 0)
-    lists = 2 * 2 * 12 * tokens * listed
-    chunks = chunk_buffers(tokens, rows, width) + FLOAT32 * tokens * columns
+    lists = tokens * listed * (2 * 12 + 20 // 2 + 32 * 3 // 2)
+    chunks = chunk_buffers(tokens, rows, width, build) + FLOAT32 * tokens * columns
     if full:
         chunks += kept_logits(tokens, rows, width) + 3 * FLOAT32 * tokens * columns
     return states + lists + chunks

@@ -19,7 +19,7 @@ from megatron_rl.models.build import LanguageModel, build_model, weight_map
 from megatron_rl.models.exchange import export_weights, import_weights
 from megatron_rl.models.hf_config import ModelShape, load_shape, num_parameters
 from megatron_rl.models.random_weights import RandomWeights
-from megatron_rl.ops.logit_stream import VOCABULARY_CHUNK
+from megatron_rl.ops.logit_stream import vocabulary_chunk
 from megatron_rl.parallel.collect import from_last_stage, gather_over_data
 from megatron_rl.parallel.device import device
 from megatron_rl.parallel.mesh import Mesh
@@ -47,7 +47,7 @@ class ShardedModel:
         self.config = self.models[0].config
         self.chunks: list[Any] = list(self.models)
         self.version = 0
-        self.vocabulary_chunk = VOCABULARY_CHUNK
+        self.vocabulary_chunk = vocabulary_chunk(device())
         self._load(model)
 
     def _shape(self, model: ModelConfig) -> ModelShape:

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_rl.ops import logit_stream, reference
 from megatron_rl.ops.linear_stats import LinearStats, linear_stats
-from megatron_rl.ops.topk import first_places, merge_largest
+from megatron_rl.ops.topk import Largest, first_places, merge_largest
 from megatron_rl.ops.vocab_shard import VocabShard
 
 N, H, V = 29, 13, 211
@@ -250,3 +250,22 @@ def test_first_places_are_those_of_a_stable_sort(dtype: torch.dtype) -> None:
         assert torch.equal(first_places(values, k), reference.largest(values, k))
     mixed = torch.tensor([[-0.0, 0.0, -1.5, 3e38, -torch.inf]], dtype=dtype)
     assert first_places(mixed, 5).tolist() == [[3, 0, 1, 2, 4]]
+
+
+def test_lists_are_sorted_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A list of 8 over 400 chunks: once for each half of a list that may have changed, and the last time at the end."""
+    logits, settle, full = draw(5, 6400), Largest.settle, []
+
+    def counted(self: Largest) -> Any:
+        full.append(self.values.shape[1] == self.k)
+        return settle(self)
+
+    monkeypatch.setattr(Largest, "settle", counted)
+    lists = Largest(logits, 8)
+    for start in range(0, 6400, 16):
+        lists.take(logits[:, start : start + 16], slice(start, start + 16))
+    lists.settle()
+    expected = logits.sort(dim=1, descending=True, stable=True)
+    assert torch.equal(lists.values, expected.values[:, :8]) and torch.equal(lists.ids, expected.indices[:, :8])
+    # Of 5 tokens the fastest decides; what enters is about 8 log(400) = 48 each, and more while the bound is old.
+    assert 5 < len(full) < 50 and sum(full) == len(full) - 1
