@@ -219,7 +219,11 @@ def _linear(module: Any) -> None:
 
 
 def _weight_gradients(module: Any) -> None:
+    def unread(shape: list[int], dtype: torch.dtype, zero: bool = False) -> torch.Tensor:
+        return (torch.zeros if zero else torch.empty)(shape, dtype=dtype)
+
     module._grad_accum_fusion_available = True
+    module.get_dummy_wgrad = unread  # where Transformer Engine is installed, its own lies on a GPU
     module.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(wgrad_gemm_accum_fp32=add_weight_gradient)
 
 
